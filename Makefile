@@ -1,0 +1,52 @@
+# make demo     install, then load a model that the demo writes itself
+# make test     install with the test tools, then run the tests with branch coverage
+# make check    format, lint, types, import layers
+# make format   rewrite the code in the project's format
+# make clean    remove .venv and everything that was built
+#
+# Variables:
+#   PYTHON   the interpreter that .venv is made with (3.11 or newer)               make test PYTHON=python3.13
+#   TORCH    the requirement that decides which torch is installed                 make test TORCH='torch==2.13.0'
+#   ARGS     further arguments, for the demo or for pytest                         make test ARGS='-k layout -x'
+# pip's own variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) work as ever, for a CPU build of torch for instance.
+# What is installed stays as it is until pyproject.toml changes: `make clean` first to change TORCH later.
+
+PYTHON ?= python3
+TORCH ?= torch
+ARGS ?=
+
+BIN := .venv/bin
+
+.PHONY: demo test check format clean
+
+demo: .venv/ready-runtime
+	$(BIN)/weightstream demo $(ARGS)
+
+test: .venv/ready-test
+	$(BIN)/python -m pytest --cov $(ARGS)
+
+check: .venv/ready-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: .venv/ready-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache \
+	    .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each set of tools (ready-runtime: none). The environment has no pip of its own, because a plain Debian
+# has no ensurepip; the pip beside $(PYTHON) installs into it.
+.venv/ready-%: pyproject.toml | .venv/bin/python
+	$(PYTHON) -m pip --python .venv/bin/python install '$(TORCH)' -e '.$(if $(filter-out runtime,$*),[$*])'
+	touch $@
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("weightstream needs Python 3.11 or newer; try: make PYTHON=python3.13" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv --without-pip .venv

@@ -1,0 +1,1 @@
+"""The model: from host buffers to parameters. Knows no file."""

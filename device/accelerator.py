@@ -1,0 +1,148 @@
+"""The driver of an accelerator: one copy stream, asynchronous copies from page-locked slots, events.
+
+Written against torch's generic accelerator interface, which carries CUDA, ROCm and XPU alike; page-locking memory that
+torch did not allocate, and waiting for an event without spinning, exist for CUDA and ROCm alone and are done through
+`torch.cuda` there.
+
+Stream rules. The user's stream S is read in the user's thread (`caller_streams`). Blocks are allocated on S, because
+the caching allocator orders reuse of freed memory on the stream it was allocated on; before the copy stream writes to
+a block it waits for what S had been given by then. Temporaries are allocated, used and freed on the copy stream alone.
+The host sees the event behind the last copy complete before a tensor is handed to anybody, so every stream may use it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from weightstream.device.backend import Event, Spread, cast_or_copy
+
+__all__ = ["AcceleratorBackend", "caller_streams", "default_device", "free_bytes"]
+
+#: cudaHostRegisterPortable: page-locked for all devices of the process, not the current one alone.
+_PORTABLE = 1
+
+
+def default_device() -> torch.device:
+    """Return the machine's accelerator, or the CPU. May start the driver: not for the event loop's thread."""
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        if kind is not None:
+            return torch.device(kind.type, torch.accelerator.current_device_index())
+    return torch.device("cpu")
+
+
+def caller_streams() -> dict[int, object]:
+    """Return the calling thread's current stream per device index, without starting a driver that is not running.
+
+    Where the driver does not run yet nobody can have chosen a stream, and loads use the device's default one.
+    """
+    kind = torch.accelerator.current_accelerator()
+    if kind is None or not torch.get_device_module(kind).is_initialized():
+        return {}
+    return {index: torch.accelerator.current_stream(index) for index in range(torch.accelerator.device_count())}
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return how many bytes this process can still allocate on a device, or None where that is not known.
+
+    What the caching allocator holds without using it counts as free.
+    """
+    module = torch.get_device_module(device)
+    if not hasattr(module, "mem_get_info"):
+        return None
+    free, _ = module.mem_get_info(device)
+    return int(free) + int(module.memory_reserved(device)) - int(module.memory_allocated(device))
+
+
+class _PolledEvent:
+    """Waits by asking: `torch.Event` has no wait that lets the thread sleep."""
+
+    def __init__(self, event: torch.Event) -> None:
+        self._event = event
+
+    def synchronize(self) -> None:
+        while not self._event.query():
+            time.sleep(0.0002)
+
+
+class AcceleratorBackend:
+    """See `Backend`. Copies go over one stream of this object's own.
+
+    Args:
+        device: with an index.
+    """
+
+    lands = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pinnable = device.type == "cuda"
+        self._copies = torch.Stream(device)
+
+    def pin(self, memory: mmap.mmap) -> Callable[[], None] | None:
+        """Page-lock memory in place (cudaHostRegister): torch's own pinned pool rounds sizes up to powers of two and
+        keeps the memory after its user is gone."""
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        runtime = torch.cuda.cudart()
+        with torch.cuda.device(self.device):
+            if int(runtime.cudaHostRegister(address, len(memory), _PORTABLE)) != 0:
+                return None
+
+        def unpin() -> None:
+            runtime.cudaHostUnregister(address)
+
+        return unpin
+
+    def allocate(self, num_bytes: int, stream: object) -> tuple[torch.Tensor, memoryview | None]:
+        with self._stream(stream):
+            block = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        self.follow(stream)
+        return block, None
+
+    def follow(self, stream: object) -> None:
+        self._copies.wait_stream(self._stream(stream))
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        with self._copies:
+            destination.copy_(source, non_blocking=True)
+
+    def spread(self, source: torch.Tensor, parts: Sequence[Spread]) -> None:
+        with self._copies:
+            bounce = source.to(self.device, non_blocking=True)  # freed below, for reuse behind it on this stream
+            same = [part for part in parts if part.destination.dtype is part.dtype]
+            if same:
+                torch._foreach_copy_(
+                    [part.destination.view(torch.uint8) for part in same],
+                    [bounce[part.offset : part.offset + part.num_bytes] for part in same],
+                )
+            for part in parts:
+                if part.destination.dtype is not part.dtype:
+                    cast_or_copy(part.destination, bounce[part.offset : part.offset + part.num_bytes], part.dtype)
+
+    def record(self) -> Event | None:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(blocking=True)
+            with self._copies:
+                event.record(torch.cuda.current_stream(self.device))
+            return event
+        generic = torch.Event(self.device)
+        generic.record(self._copies)
+        return _PolledEvent(generic)
+
+    def run(self, action: Callable[[], None], stream: object) -> None:
+        user = self._stream(stream)
+        with user:
+            action()
+        user.synchronize()
+
+    def _stream(self, stream: object) -> torch.Stream:
+        if isinstance(stream, torch.Stream):
+            return stream
+        module = torch.get_device_module(self.device)
+        default = module.default_stream(self.device) if hasattr(module, "default_stream") else None
+        return default if default is not None else torch.accelerator.current_stream(self.device)

@@ -1,0 +1,208 @@
+"""Layout: where in which block every tensor lies, and how the bytes of one chunk get there.
+
+Pure arithmetic on sizes: no memory is touched and no device is called. A *block* is one allocation that the loader
+makes. Large tensors have a block of their own, so that saving, freeing or quantising one of them does not drag others
+along; small ones share blocks. The slot that a chunk is read into has the layout of the block it goes to, gaps
+included, so that consecutive small tensors are one *run*: one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from weightstream.device.placement import Place
+
+__all__ = ["ALIGNMENT_BYTES", "IN_SLOT", "Landing", "Layout", "Piece", "Run", "Transfer", "padded"]
+
+#: Every tensor begins on such a boundary: kernels with vector loads and TMA fault otherwise. It is also a multiple of
+#: every element's size, so a tensor cut at such a boundary is never cut inside an element.
+ALIGNMENT_BYTES = 256
+
+#: In `Landing.block`: the bytes are read into the slot, not straight into a block.
+IN_SLOT = -1
+
+
+def padded(num_bytes: int) -> int:
+    """Round up to the alignment."""
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+class Landing(msgspec.Struct, frozen=True, gc=False):
+    """Where the next `num_bytes` of a chunk are read to: a block in host memory, or the slot (`IN_SLOT`)."""
+
+    block: int
+    offset: int
+    num_bytes: int
+
+
+class Run(msgspec.Struct, frozen=True, gc=False):
+    """Consecutive bytes that go from a slot to a block, or into a parameter's own storage, in one copy.
+
+    `place` is the parameter's place where `block` is `IN_SLOT` (there is no block: the storage is the model's).
+    """
+
+    block: int
+    block_offset: int
+    slot_offset: int
+    num_bytes: int
+    place: int = -1
+
+
+class Piece(msgspec.Struct, frozen=True, gc=False):
+    """The part of one tensor that is in one chunk, at `offset` in the tensor and `slot_offset` in the slot."""
+
+    place: int
+    offset: int
+    slot_offset: int
+    num_bytes: int
+
+
+class Transfer(msgspec.Struct, frozen=True, gc=False):
+    """What the device stage does with one chunk.
+
+    Attributes:
+        first, stop: the places that the chunk holds bytes of: `first`, ..., `stop - 1`.
+        head: how many bytes of place `first` lie before the chunk.
+        num_bytes: length of the chunk.
+        landings: where its bytes are read to, in order, in the packed layout.
+        runs: the copies from the slot, in the packed layout.
+        loose: pieces that must be copied one by one, because they are cast or their tensor shares no block.
+        slot_bytes: how much of a slot the packed layout uses; 0: none is needed.
+    """
+
+    first: int
+    stop: int
+    head: int
+    num_bytes: int
+    landings: tuple[Landing, ...]
+    runs: tuple[Run, ...]
+    loose: tuple[Piece, ...]
+    slot_bytes: int
+
+
+class Layout:
+    """The blocks of one load.
+
+    Args:
+        places: in the order of their bytes in the checkpoint; places without bytes have no block.
+        lands: whether readers may write to blocks themselves (blocks in host memory).
+        own_bytes: tensors of this size or more have a block of their own.
+        block_bytes: size of the blocks that smaller tensors share.
+
+    Attributes:
+        blocks: the size of each block.
+        block_of: place -> its block, or `IN_SLOT`.
+        offset_of: place -> its offset in the block.
+        members: block -> how many places lie in it.
+    """
+
+    def __init__(self, places: list[Place], *, lands: bool, own_bytes: int, block_bytes: int) -> None:
+        self.places = places
+        self.lands = lands
+        self.own_bytes = own_bytes
+        self.blocks: list[int] = []
+        self.block_of: list[int] = []
+        self.offset_of: list[int] = []
+        self.members: list[int] = []
+        shared = -1
+        used = 0
+        for place in places:
+            num_bytes = place.num_bytes
+            if place.is_cast:
+                num_bytes = num_bytes // place.stored_dtype.itemsize * place.dtype.itemsize
+            if num_bytes == 0 or place.mode == "fill":
+                self.block_of.append(IN_SLOT)
+                self.offset_of.append(0)
+                continue
+            if place.num_bytes >= own_bytes:
+                self.block_of.append(len(self.blocks))
+                self.offset_of.append(0)
+                self.blocks.append(padded(num_bytes))
+                self.members.append(1)
+                continue
+            if shared < 0 or used + num_bytes > block_bytes:
+                shared, used = len(self.blocks), 0
+                self.blocks.append(0)
+                self.members.append(0)
+            self.block_of.append(shared)
+            self.offset_of.append(used)
+            self.members[shared] += 1
+            used += padded(num_bytes)
+            self.blocks[shared] = used
+
+    def is_small(self, place: int) -> bool:
+        """Tell whether a place shares a block, or would if the loader made its storage."""
+        return self.places[place].num_bytes < self.own_bytes
+
+    def pieces(self, first: int, stop: int, head: int, num_bytes: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (place, offset in the tensor, offset in the chunk, bytes) for a chunk's tensors."""
+        position = 0
+        for place in range(first, stop):
+            count = min(self.places[place].num_bytes - head, num_bytes - position)
+            if count:
+                yield place, head, position, count
+                position += count
+                head = 0
+
+    def transfer(self, first: int, stop: int, head: int, num_bytes: int) -> Transfer:
+        """Lay one chunk out.
+
+        Small tensors come first in the slot, as they lie in their block, whatever stands between them in the file:
+        each block that the chunk touches then costs one copy. The rest follows, each piece on its own boundary.
+        """
+        where, runs, loose, used = self._assign_slot(first, stop, head, num_bytes)
+        landings: list[Landing] = []
+        block, start, end = IN_SLOT, 0, 0
+        for place, offset, _, count in self.pieces(first, stop, head, num_bytes):
+            slot_offset = where.get(place)
+            next_block = self.block_of[place] if slot_offset is None else IN_SLOT
+            begin = self.offset_of[place] + offset if slot_offset is None else slot_offset
+            if next_block == block and begin == end:
+                end += count
+                continue
+            if end > start:
+                landings.append(Landing(block, start, end - start))
+            block, start, end = next_block, begin, begin + count
+        landings.append(Landing(block, start, end - start))
+        return Transfer(first, stop, head, num_bytes, tuple(landings), tuple(runs), tuple(loose), used)
+
+    def _assign_slot(
+        self, first: int, stop: int, head: int, num_bytes: int
+    ) -> tuple[dict[int, int], list[Run], list[Piece], int]:
+        """Return the slot offset of every piece that is read into the slot, the copies, and the bytes used."""
+        where: dict[int, int] = {}
+        runs: list[Run] = []
+        loose: list[Piece] = []
+        large: list[tuple[int, int, int, int]] = []
+        used = 0
+        run_block, run_from, run_to, run_slot = IN_SLOT, 0, 0, 0
+        for piece in self.pieces(first, stop, head, num_bytes):
+            place, _, _, count = piece
+            block = self.block_of[place]
+            is_cast = self.places[place].is_cast
+            if block != IN_SLOT and self.lands and not is_cast:
+                continue
+            if block == IN_SLOT or is_cast or not self.is_small(place):
+                large.append(piece)
+                continue
+            begin = self.offset_of[place]
+            if block != run_block or begin != padded(run_to):
+                if run_block != IN_SLOT:
+                    runs.append(Run(run_block, run_from, run_slot, run_to - run_from))
+                run_block, run_from, run_slot = block, begin, used
+            run_to = begin + count
+            where[place] = run_slot + begin - run_from
+            used = run_slot + padded(run_to - run_from)
+        if run_block != IN_SLOT:
+            runs.append(Run(run_block, run_from, run_slot, run_to - run_from))
+        for place, offset, _, count in large:
+            where[place] = used
+            if self.places[place].is_cast or self.is_small(place):
+                loose.append(Piece(place, offset, used, count))
+            else:
+                block = self.block_of[place]
+                runs.append(Run(block, offset, used, count, place if block == IN_SLOT else -1))
+            used += padded(count)
+        return where, runs, loose, used

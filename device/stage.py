@@ -1,0 +1,225 @@
+"""The device stage of one load: from filled buffers to finished tensors.
+
+Owns the load's blocks until the tensors in them have been taken. Its methods are called by two kinds of threads:
+`buffers` by readers, everything else by the load's own thread, in the order: `open`, then `submit` for each chunk that
+was filled, `take` for each tensor whose bytes are all there, `close`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+
+from weightstream.device.backend import Backend, Event, Spread
+from weightstream.device.layout import IN_SLOT, Layout, Piece, Transfer
+from weightstream.device.placement import Place
+
+__all__ = ["DeviceStage"]
+
+
+class DeviceStage:
+    """Carries bytes to their blocks and hands out the tensors in them.
+
+    Args:
+        backend: the device.
+        layout: where everything lies.
+        stream: the user's current stream when the load was asked for.
+        on_block: told the size of every block that is made (positive) and let go (negative).
+    """
+
+    def __init__(
+        self, backend: Backend, layout: Layout, *, stream: object, on_block: Callable[[int], None]
+    ) -> None:
+        self.num_copies = 0
+        #: Places of materialised parameters that a copy has been submitted into.
+        self.touched: set[int] = set()
+        self._backend = backend
+        self._layout = layout
+        self._stream = stream
+        self._on_block = on_block
+        self._lock = threading.Lock()
+        self._blocks: dict[int, torch.Tensor] = {}
+        self._views: dict[int, memoryview] = {}
+        self._typed: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+        self._members = list(layout.members)
+        self._strides: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def open(self) -> None:
+        """Make the device wait for what the user's stream has been given: parameters may still be in use there."""
+        self._backend.follow(self._stream)
+
+    def buffers(self, transfer: Transfer, slot: memoryview | None) -> list[memoryview]:
+        """Return the host memory that a chunk's bytes go to, in order. Called on reader threads."""
+        result: list[memoryview] = []
+        for landing in transfer.landings:
+            if landing.block == IN_SLOT:
+                assert slot is not None
+                memory = slot
+            else:
+                memory = self._host_view(landing.block)
+            result.append(memory[landing.offset : landing.offset + landing.num_bytes])
+        return result
+
+    def submit(self, transfer: Transfer, slot: memoryview | None, shift: int | None) -> Event | None:
+        """Submit the copies of one filled chunk.
+
+        Args:
+            transfer: the chunk.
+            slot: its slot, which stays untouched until the event; None if everything landed in its block.
+            shift: None if the slot has the packed layout; else it has the file's, and begins at this offset.
+
+        Returns:
+            The event behind the copies, or None if they have happened already.
+        """
+        if slot is None:
+            return None
+        source = torch.frombuffer(slot, dtype=torch.uint8)
+        loose: Sequence[Piece] = transfer.loose
+        if shift is None:
+            for run in transfer.runs:
+                whole = self._parameter_bytes(run.place) if run.block == IN_SLOT else self._block(run.block)
+                self._copy(whole, run.block_offset, source, run.slot_offset, run.num_bytes)
+        else:
+            loose = self._submit_large(transfer, source, shift)
+        for group in _neighbours(loose):
+            self._spread(source, group)
+        return self._backend.record()
+
+    def take(self, place: int) -> torch.Tensor:
+        """Return a finished tensor, in its final dtype and shape, and let go of its block if it was the last in it.
+
+        The tensor is a view whose version counter is its own: views of one block that shared a counter would make an
+        in-place change of one parameter look, to autograd, like a change of its neighbours.
+        """
+        described = self._layout.places[place]
+        block_index = self._layout.block_of[place]
+        shape = described.shape
+        if block_index == IN_SLOT:
+            assert described.num_bytes == 0
+            return torch.empty(shape, dtype=described.dtype, device=self._backend.device)
+        key = (block_index, described.dtype)
+        typed = self._typed.get(key)
+        if typed is None:
+            typed = self._typed[key] = self._block(block_index).view(described.dtype)
+        strides = self._strides.get(shape)
+        if strides is None:
+            strides = self._strides[shape] = _contiguous_strides(shape)
+        offset = self._layout.offset_of[place] // described.dtype.itemsize
+        tensor = typed.as_strided(shape, strides, offset).data
+        self._members[block_index] -= 1
+        if self._members[block_index] == 0:
+            self._drop(block_index)
+        return tensor
+
+    def run(self, action: Callable[[], None]) -> None:
+        """Call `action` with the user's stream current, and return when its work on the device is done."""
+        self._backend.run(action, self._stream)
+
+    def close(self) -> None:
+        """Let go of all blocks. Copies must have completed; tensors that were taken keep their memory."""
+        for block in list(self._blocks):
+            self._drop(block)
+
+    def _submit_large(self, transfer: Transfer, source: torch.Tensor, shift: int) -> list[Piece]:
+        """Copy the large tensors of a chunk that has the file's layout; return the pieces that are left."""
+        loose: list[Piece] = []
+        layout = self._layout
+        for place, offset, position, count in layout.pieces(
+            transfer.first, transfer.stop, transfer.head, transfer.num_bytes
+        ):
+            if layout.is_small(place) or layout.places[place].is_cast:
+                loose.append(Piece(place, offset, shift + position, count))
+                continue
+            block = layout.block_of[place]
+            whole = self._parameter_bytes(place) if block == IN_SLOT else self._block(block)
+            self._copy(whole, offset, source, shift + position, count)
+        return loose
+
+    def _copy(
+        self, destination: torch.Tensor, offset: int, source: torch.Tensor, source_offset: int, num_bytes: int
+    ) -> None:
+        self._backend.copy(
+            destination[offset : offset + num_bytes], source[source_offset : source_offset + num_bytes]
+        )
+        self.num_copies += 1
+
+    def _spread(self, source: torch.Tensor, pieces: list[Piece]) -> None:
+        begin = pieces[0].slot_offset
+        end = pieces[-1].slot_offset + pieces[-1].num_bytes
+        parts = [
+            Spread(piece.slot_offset - begin, piece.num_bytes, self._layout.places[piece.place].stored_dtype, flat)
+            for piece in pieces
+            for flat in (self._flat(piece),)
+        ]
+        self._backend.spread(source[begin:end], parts)
+        self.num_copies += 1
+
+    def _flat(self, piece: Piece) -> torch.Tensor:
+        """Return the elements of the destination that a piece becomes."""
+        described = self._layout.places[piece.place]
+        block = self._layout.block_of[piece.place]
+        first = piece.offset // described.stored_dtype.itemsize
+        count = piece.num_bytes // described.stored_dtype.itemsize
+        if block == IN_SLOT:
+            self.touched.add(piece.place)
+            return _storage_of(described)[first : first + count]
+        itemsize = described.dtype.itemsize
+        start = self._layout.offset_of[piece.place] + first * itemsize
+        return self._block(block)[start : start + count * itemsize].view(described.dtype)
+
+    def _parameter_bytes(self, place: int) -> torch.Tensor:
+        self.touched.add(place)
+        return _storage_of(self._layout.places[place]).view(torch.uint8)
+
+    def _block(self, index: int) -> torch.Tensor:
+        with self._lock:
+            block = self._blocks.get(index)
+            if block is None:
+                num_bytes = self._layout.blocks[index]
+                block, memory = self._backend.allocate(num_bytes, self._stream)
+                self._blocks[index] = block
+                if memory is not None:
+                    self._views[index] = memory
+                self._on_block(num_bytes)
+            return block
+
+    def _host_view(self, index: int) -> memoryview:
+        self._block(index)
+        return self._views[index]
+
+    def _drop(self, index: int) -> None:
+        with self._lock:
+            block = self._blocks.pop(index, None)
+            self._views.pop(index, None)
+        if block is not None:
+            for key in [key for key in self._typed if key[0] == index]:
+                del self._typed[key]
+            self._on_block(-self._layout.blocks[index])
+
+
+def _storage_of(place: Place) -> torch.Tensor:
+    """Return a materialised parameter flat. It shares the version counter: autograd sees that it was written to."""
+    assert place.target is not None
+    return place.target.tensor.detach().view(-1)
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1] * len(shape)
+    for dim in range(len(shape) - 2, -1, -1):
+        strides[dim] = strides[dim + 1] * max(1, shape[dim + 1])
+    return tuple(strides)
+
+
+def _neighbours(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Group pieces that lie next to each other in the slot, up to alignment, so that each group is one copy."""
+    groups: list[list[Piece]] = []
+    end = -1
+    for piece in pieces:
+        if groups and 0 <= piece.slot_offset - end < 4096:
+            groups[-1].append(piece)
+        else:
+            groups.append([piece])
+        end = piece.slot_offset + piece.num_bytes
+    return groups

@@ -1,0 +1,1 @@
+"""Bytes: from storage into host buffers. Knows no model and no device."""

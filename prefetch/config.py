@@ -1,0 +1,73 @@
+"""Settings of the prefetch stage: the section `prefetch` of the YAML file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, WithJsonSchema, model_validator
+
+from weightstream.prefetch.ring import slot_bytes_for
+
+__all__ = ["PrefetchConfig", "Size"]
+
+#: A number of bytes: an integer, or a string with a unit (`512MiB`, `1GB`).
+Size = Annotated[
+    ByteSize,
+    WithJsonSchema({
+        "anyOf": [
+            {"type": "integer", "minimum": 0},
+            {"type": "string", "pattern": r"^\s*\d*\.?\d+\s*([kKmMgGtT]?[iI]?[bB]?)?\s*$"},
+        ]
+    }),
+]
+
+
+class PrefetchConfig(BaseModel):
+    """How bytes get from storage into host memory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    workers: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
+        default="auto",
+        description="Reader threads. `auto`: as many as there are usable cores, at least 2 and at most 8.",
+    )
+    chunk: Size = Field(
+        default=ByteSize(16 * 2**20),
+        ge=64 * 2**10,
+        le=2**30,
+        description="Bytes that one read fills, and one slot of the ring holds: 64KiB to 1GiB, a multiple of 4KiB.",
+    )
+    host_memory: Size = Field(
+        default=ByteSize(2**30),
+        description="Ceiling, in bytes, for the host memory that a Loader stages with: its ring of slots and the "
+        "tensors that `stream()` has not delivered yet. Weights whose own place is host memory are not counted.",
+    )
+    io: Literal["buffered", "direct"] = Field(
+        default="buffered",
+        description="`buffered`: through the page cache. `direct`: O_DIRECT, past it; where a file system refuses "
+        "that, buffered reads are used instead and the report says so.",
+    )
+    retries: int = Field(
+        default=3,
+        ge=0,
+        le=100,
+        description="How often one chunk's read is repeated after EIO, ESTALE, EAGAIN or ETIMEDOUT, with growing "
+        "pauses, before the load fails.",
+    )
+    allow_outside_links: bool = Field(
+        default=False,
+        description="Accept shards that are symbolic links to somewhere outside the checkpoint's folder (links into "
+        "the `blobs` of a Hugging Face cache are always accepted).",
+    )
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if self.chunk % 4096:
+            raise ValueError(f"chunk must be a multiple of 4KiB, found {int(self.chunk)} bytes")
+        need = 2 * slot_bytes_for(self.chunk)
+        if self.host_memory < need:
+            raise ValueError(
+                f"host_memory must hold two slots of one chunk each ({need} bytes), found {int(self.host_memory)}"
+                " bytes: raise host_memory or lower chunk"
+            )
+        return self

@@ -1,0 +1,132 @@
+"""Host memory: where it comes from, how much is held, how much there is.
+
+Memory is anonymous and private, in huge pages where the kernel gives them: filling 2.5 GB of fresh memory takes 0.25 s
+with huge pages and 0.8 s without (two cores, Linux 6.18).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+__all__ = ["PAGE_BYTES", "Budget", "MemoryAccount", "Peak", "allocate", "available_bytes", "usable_cores"]
+
+#: The unit of O_DIRECT and of the ring's slots: the page of every platform that this package runs on.
+PAGE_BYTES = 4096
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def allocate(num_bytes: int) -> mmap.mmap:
+    """Map `num_bytes` (> 0) of zeroed private memory, advised to use huge pages. Freed with its last reference.
+
+    `mmap.mmap(-1, n)` alone would be shared memory, which gets no huge pages.
+    """
+    block = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            block.madvise(mmap.MADV_HUGEPAGE)  # sets a flag on the mapping; touches no page, so it is quick
+        except OSError:  # a kernel without transparent huge pages: ordinary pages do
+            pass
+    return block
+
+
+class Peak:
+    """The most that an account held while it was watched, in bytes."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+
+class MemoryAccount:
+    """Host memory that loads hold, in bytes. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held = 0
+        self._watchers: list[Peak] = []
+
+    @property
+    def held_bytes(self) -> int:
+        return self._held
+
+    def hold(self, num_bytes: int) -> None:
+        with self._lock:
+            self._held += num_bytes
+            for peak in self._watchers:
+                peak.value = max(peak.value, self._held)
+
+    def release(self, num_bytes: int) -> None:
+        with self._lock:
+            self._held -= num_bytes
+
+    @contextmanager
+    def watch(self) -> Generator[Peak, None, None]:
+        """Note the peak while the context lasts."""
+        with self._lock:
+            peak = Peak(self._held)
+            self._watchers.append(peak)
+        try:
+            yield peak
+        finally:
+            with self._lock:
+                self._watchers.remove(peak)
+
+
+class Budget:
+    """A ceiling for staging memory that several takers share. Thread-safe."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self._lock = threading.Lock()
+        self._taken = 0
+
+    @property
+    def left_bytes(self) -> int:
+        return self.limit_bytes - self._taken
+
+    def take(self, num_bytes: int) -> bool:
+        """Take so many bytes, if that many are left."""
+        with self._lock:
+            if num_bytes > self.limit_bytes - self._taken:
+                return False
+            self._taken += num_bytes
+            return True
+
+    def give(self, num_bytes: int) -> None:
+        with self._lock:
+            self._taken -= num_bytes
+
+
+def available_bytes(*, cgroup: Path = _CGROUP) -> int:
+    """Return how many bytes of memory this process may still take: the machine's, or its cgroup's if that is less.
+
+    Page cache counts as available, since the kernel gives it up. cgroup v2 (`memory.max`) and v1
+    (`memory.limit_in_bytes`) are both read, as a container sees them.
+    """
+    available = psutil.virtual_memory().available
+    for limit_file, usage_file, cache_key in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            limit = (cgroup / limit_file).read_text().strip()
+            if limit == "max":
+                continue
+            usage = int((cgroup / usage_file).read_text())
+            stat = dict(line.split() for line in (cgroup / usage_file).with_name("memory.stat").read_text().splitlines())
+            available = min(available, int(limit) - usage + int(stat.get(cache_key, 0)))
+        except (OSError, ValueError):
+            continue
+    return max(0, available)
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may run on."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,115 @@
+"""Reader threads: long-lived, shared by all loads of a Loader, each doing one blocking read at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+__all__ = ["Condition", "ReadQueue", "ReaderPool", "Thread"]
+
+
+class Condition(Protocol):
+    """The part of `threading.Condition` that this package uses; tests bring one that runs in virtual time."""
+
+    def __enter__(self) -> bool: ...
+    def __exit__(self, *args: object) -> None: ...
+    def wait(self, timeout: float | None = None) -> bool: ...
+    def notify_all(self) -> None: ...
+
+
+class Thread(Protocol):
+    """A started thread."""
+
+    def join(self, timeout: float | None = None) -> None: ...
+    def is_alive(self) -> bool: ...
+
+
+class ReadQueue(Protocol):
+    """A load, seen from the reader threads."""
+
+    def take(self) -> Callable[[], None] | None:
+        """Return the next read that may start now, or None. Called with the pool's lock held: must not block.
+
+        The callable does the read, on the calling thread, and never raises.
+        """
+        ...
+
+
+class ReaderPool:
+    """Threads that take reads from the queues of all running loads in turn.
+
+    Threads are daemons, so that one that hangs in a dead file system cannot keep the process alive.
+
+    Args:
+        num_workers: how many threads.
+        condition: guards the pool's state; `wake` notifies it.
+        spawn: starts a daemon thread with a target and a name.
+    """
+
+    def __init__(
+        self, num_workers: int, condition: Condition, spawn: Callable[[Callable[[], None], str], Thread]
+    ) -> None:
+        self.num_workers = num_workers
+        self._condition = condition
+        self._spawn = spawn
+        self._queues: list[ReadQueue] = []
+        self._turn = 0
+        self._closed = False
+        self._threads: list[Thread] = []
+        for _ in range(num_workers):
+            self._add_thread()
+
+    def attach(self, queue: ReadQueue) -> None:
+        with self._condition:
+            self._queues.append(queue)
+            self._condition.notify_all()
+
+    def detach(self, queue: ReadQueue) -> None:
+        """Take nothing more from this queue. Reads already taken go on."""
+        with self._condition:
+            if queue in self._queues:
+                self._queues.remove(queue)
+
+    def wake(self) -> None:
+        """Make idle threads look again: a slot came back, or a consumer made room."""
+        with self._condition:
+            self._condition.notify_all()
+
+    def replace_stuck(self, num_threads: int) -> None:
+        """Start threads in place of ones that hang in the kernel; those end by themselves if they ever return."""
+        with self._condition:
+            for _ in range(num_threads):
+                self._add_thread()
+
+    def close(self, timeout_s: float) -> None:
+        """End all threads that are not stuck, and wait for them at most `timeout_s` seconds each."""
+        with self._condition:
+            self._closed = True
+            self._queues.clear()
+            self._condition.notify_all()
+        for thread in self._threads:
+            thread.join(timeout_s)
+
+    def _add_thread(self) -> None:
+        self._threads.append(self._spawn(self._run, f"weightstream-reader-{len(self._threads)}"))
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                read = self._take()
+                while read is None:
+                    if self._closed:
+                        return
+                    self._condition.wait()
+                    read = self._take()
+            read()
+            del read  # it holds buffers that must not outlive the load
+
+    def _take(self) -> Callable[[], None] | None:
+        for step in range(len(self._queues)):
+            index = (self._turn + step) % len(self._queues)
+            read = self._queues[index].take()
+            if read is not None:
+                self._turn = index + 1
+                return read
+        return None

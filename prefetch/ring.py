@@ -1,0 +1,139 @@
+"""The ring: the host buffers that chunks are read into before they are copied to a device.
+
+Owns the memory and knows who holds which slot. A slot is free, or held by exactly one: the reader that fills it, then
+the device stage that copies from it. It comes back only through `release`, or never (`write_off`). The ring is grown
+segment by segment, is kept from load to load, and is shared by all loads of one `Loader`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from weightstream.prefetch.memory import PAGE_BYTES, Budget, MemoryAccount, allocate
+
+__all__ = ["Ring", "RingStatistics", "Segment", "Slot", "slot_bytes_for"]
+
+#: Segments of about this size are mapped, and page-locked, one at a time, so that reading starts before all is locked.
+_SEGMENT_BYTES = 64 * 2**20
+
+
+def slot_bytes_for(chunk_bytes: int) -> int:
+    """Return the size of a slot: a chunk, and a page at either end for what a direct read must read too much."""
+    return chunk_bytes + 2 * PAGE_BYTES
+
+
+class Segment:
+    """One mapping of the ring. `settled` is set once it is page-locked, or once that was refused (`pinned` false)."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self.memory = memory
+        self.num_bytes = len(memory)
+        self.pinned = False
+        self.settled = threading.Event()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """One host buffer, page-aligned. `view` belongs to whoever holds the slot."""
+
+    segment: Segment
+    offset: int
+    view: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class RingStatistics:
+    """A snapshot: numbers of slots, and bytes."""
+
+    num_slots: int
+    num_free: int
+    num_written_off: int
+    num_bytes: int
+    pinned_bytes: int
+
+
+class Ring:
+    """A pool of equal slots within a ceiling. Thread-safe; no method blocks.
+
+    Args:
+        slot_bytes: size of one slot, a multiple of the page size.
+        budget: the ceiling for all segments together, which other takers may share.
+        account: where the ring's bytes are entered.
+        on_free: called, without a lock held, after a slot came back.
+    """
+
+    def __init__(
+        self, slot_bytes: int, budget: Budget, account: MemoryAccount, on_free: Callable[[], None] = lambda: None
+    ) -> None:
+        self.slot_bytes = slot_bytes
+        self._budget = budget
+        self._account = account
+        self._on_free = on_free
+        self._lock = threading.Lock()
+        self._segments: list[Segment] = []
+        self._free: list[Slot] = []
+        self._num_slots = 0
+        self._num_written_off = 0
+
+    def grow(self, num_slots: int) -> list[Segment]:
+        """Map segments until the ring has `num_slots` usable slots, or the budget is spent; return the new ones.
+
+        Slots that were written off do not count as usable but still count towards the budget: their memory is held.
+        """
+        added: list[Segment] = []
+        with self._lock:
+            want = num_slots + self._num_written_off
+            while self._num_slots < want:
+                count = max(1, min(want - self._num_slots, _SEGMENT_BYTES // self.slot_bytes))
+                while count and not self._budget.take(count * self.slot_bytes):
+                    count -= 1
+                if not count:
+                    break
+                segment = Segment(allocate(count * self.slot_bytes))
+                self._account.hold(segment.num_bytes)
+                whole = memoryview(segment.memory)
+                for offset in range(0, segment.num_bytes, self.slot_bytes):
+                    self._free.append(Slot(segment, offset, whole[offset : offset + self.slot_bytes]))
+                self._segments.append(segment)
+                self._num_slots += count
+                added.append(segment)
+        return added
+
+    def acquire_nowait(self) -> Slot | None:
+        """Take a free slot, or None. The most recently freed comes first: its memory is warm in the caches."""
+        with self._lock:
+            return self._free.pop() if self._free else None
+
+    def release(self, slot: Slot) -> None:
+        """Give a slot back. Only its holder may, and only when nothing reads or writes its memory any more."""
+        with self._lock:
+            self._free.append(slot)
+        self._on_free()
+
+    def write_off(self, slot: Slot) -> None:
+        """Give up a slot whose memory somebody may still write to. It is never handed out again."""
+        with self._lock:
+            self._num_written_off += 1
+
+    def statistics(self) -> RingStatistics:
+        with self._lock:
+            return RingStatistics(
+                num_slots=self._num_slots,
+                num_free=len(self._free),
+                num_written_off=self._num_written_off,
+                num_bytes=sum(segment.num_bytes for segment in self._segments),
+                pinned_bytes=sum(segment.num_bytes for segment in self._segments if segment.pinned),
+            )
+
+    def close(self) -> list[Segment]:
+        """Forget all slots and return the segments, for unpinning. Their memory goes with the last reference."""
+        with self._lock:
+            segments, self._segments, self._free = self._segments, [], []
+            self._num_slots = 0
+        for segment in segments:
+            self._account.release(segment.num_bytes)
+            self._budget.give(segment.num_bytes)
+        return segments

@@ -1,0 +1,198 @@
+"""The engine: what loads share. Reader threads, the ring, its page-locking, and one backend per device.
+
+Synchronous and without an event loop; `Loader` is its awaitable face.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from weightstream.device.accelerator import AcceleratorBackend, default_device, free_bytes
+from weightstream.device.backend import Backend, HostBackend, NowhereBackend
+from weightstream.errors import MemoryBudgetError
+from weightstream.prefetch.checkpoint import Checkpoint
+from weightstream.prefetch.config import PrefetchConfig
+from weightstream.prefetch.memory import Budget, MemoryAccount, allocate, available_bytes, usable_cores
+from weightstream.prefetch.readers import ReaderPool
+from weightstream.prefetch.ring import Ring, Segment, slot_bytes_for
+from weightstream.prefetch.source import FileSource, Source
+from weightstream.scheduler.clock import Clock, SystemClock
+from weightstream.scheduler.config import Settings
+from weightstream.scheduler.plan import LoadPlan
+
+__all__ = ["Engine", "Machine", "OpenSource"]
+
+
+class OpenSource(Protocol):
+    """Makes the source of one load; see `FileSource`."""
+
+    def __call__(
+        self,
+        checkpoint: Checkpoint,
+        config: PrefetchConfig,
+        *,
+        pause: Callable[[float], bool],
+        on_retry: Callable[[], None],
+        on_fallback: Callable[[str], None],
+    ) -> Source: ...
+
+
+def open_backend(device: torch.device) -> Backend:
+    """Make the backend of a device."""
+    if device.type == "cpu":
+        return HostBackend(allocate)
+    if device.type == "meta":
+        return NowhereBackend()
+    return AcceleratorBackend(device)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The parts of the machine that an engine works with. Tests replace them; users have no need to.
+
+    Attributes:
+        clock: time, conditions and threads.
+        open_source: where bytes come from.
+        open_backend: where they go.
+        ring: makes the ring.
+    """
+
+    clock: Clock = field(default_factory=SystemClock)
+    open_source: OpenSource = FileSource
+    open_backend: Callable[[torch.device], Backend] = open_backend
+    ring: type[Ring] = Ring
+
+
+class Engine:
+    """Owns threads and memory for as long as it is open; many loads, one budget.
+
+    Args:
+        config: what the user asked for.
+        machine: see `Machine`.
+    """
+
+    def __init__(self, config: Settings, machine: Machine | None = None) -> None:
+        self.config = config
+        self.machine = machine or Machine()
+        self.clock = self.machine.clock
+        self.account = MemoryAccount()
+        self.budget = Budget(config.prefetch.host_memory)
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._backends: dict[torch.device, Backend] = {}
+        self._pinners: list[threading.Thread] = []
+        self._unpin: list[Callable[[], None]] = []
+        workers = config.prefetch.workers
+        num_workers = min(8, max(2, usable_cores())) if workers == "auto" else workers
+        self.readers = ReaderPool(num_workers, self.clock.condition(), self.clock.spawn)
+        slot_bytes = slot_bytes_for(config.prefetch.chunk)
+        self.ring = self.machine.ring(slot_bytes, self.budget, self.account, self.readers.wake)
+
+    def check_process(self) -> None:
+        """Refuse to work in a forked child: its parent's threads do not exist here, nor does its device context.
+
+        Raises:
+            RuntimeError: this process is not the one that made the engine.
+        """
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                f"this Loader was made in process {self._pid} and cannot be used in process {os.getpid()}, which was"
+                " forked from it: make a new Loader there"
+            )
+
+    def default_device(self) -> torch.device:
+        """Return the device that `device.target` stands for. May start a driver: not for the event loop's thread."""
+        target = self.config.device.target
+        if target == "auto":
+            return default_device()
+        device = torch.device(target)
+        if device.type not in ("cpu", "meta") and device.index is None:
+            device = torch.device(device.type, torch.accelerator.current_device_index())
+        return device
+
+    def backend(self, device: torch.device) -> Backend:
+        """Return the one backend for a device."""
+        with self._lock:
+            if device not in self._backends:
+                self._backends[device] = self.machine.open_backend(device)
+            return self._backends[device]
+
+    def prepare_memory(
+        self, plan: LoadPlan, backend: Backend, *, direct: bool, on_fallback: Callable[[str], None]
+    ) -> None:
+        """Make sure that a plan fits into memory, and that the ring has slots for it.
+
+        Page-locking goes on in the background, segment by segment, while reading starts.
+
+        Raises:
+            MemoryBudgetError: the host, its budget or the device has too little.
+        """
+        blocks_bytes = sum(plan.layout.blocks)
+        if backend.lands:
+            self._check_fits("host memory", blocks_bytes, available_bytes())
+        elif backend.device.type not in ("meta", "cpu"):
+            self._check_fits(f"memory of {backend.device}", blocks_bytes, free_bytes(backend.device))
+        num_slots = sum(1 for chunk in plan.chunks if direct or chunk.transfer.slot_bytes)
+        if not num_slots:
+            return
+        segments = self.ring.grow(num_slots)
+        if self.ring.statistics().num_slots == self.ring.statistics().num_written_off:
+            raise MemoryBudgetError(
+                "no slot of the ring fits into what is left of prefetch.host_memory",
+                expected=f"{self.ring.slot_bytes} bytes or more",
+                actual=f"{self.budget.left_bytes} bytes",
+                hint="Raise prefetch.host_memory, or lower prefetch.chunk",
+            )
+        if not segments:
+            return
+        if not backend.pinnable:
+            for segment in segments:
+                segment.settled.set()
+            return
+        pinner = threading.Thread(
+            target=self._pin, args=(segments, backend, on_fallback), name="weightstream-pin", daemon=True
+        )
+        self._pinners.append(pinner)
+        pinner.start()
+
+    def close(self) -> None:
+        """End the threads and give the memory back. Every load must have ended."""
+        self.readers.close(timeout_s=0.5)
+        for pinner in self._pinners:
+            pinner.join()
+        self.ring.close()
+        for unpin in self._unpin:
+            unpin()
+        self._unpin.clear()
+        self._backends.clear()
+
+    def _pin(self, segments: list[Segment], backend: Backend, on_fallback: Callable[[str], None]) -> None:
+        refused = False
+        for segment in segments:
+            try:
+                unpin = None if refused else backend.pin(segment.memory)
+            except RuntimeError:  # the driver's own way of saying no
+                unpin = None
+            if unpin is not None:
+                self._unpin.append(unpin)
+                segment.pinned = True
+            elif not refused:
+                refused = True
+                on_fallback("page-locking host memory was refused: copies to the device are pageable and slower")
+            segment.settled.set()
+
+    @staticmethod
+    def _check_fits(what: str, needed: int, available: int | None) -> None:
+        if available is not None and needed > available:
+            raise MemoryBudgetError(
+                f"the tensors do not fit into {what}",
+                expected=f"{needed} bytes free",
+                actual=f"{available} bytes",
+                hint="Free some, or load onto another device",
+            )

@@ -1,0 +1,159 @@
+"""Handles: a running load, as the code that awaits it sees it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Self, TypeVar
+
+import anyio
+import torch
+
+from weightstream.scheduler.job import Job
+from weightstream.scheduler.report import LoadReport, Progress
+from weightstream.scheduler.sinks import ConsumerSink
+
+__all__ = ["LoadHandle", "TensorStream", "settle", "stop_and_settle"]
+
+T = TypeVar("T")
+
+#: Events at most this often: twenty a second is more than anybody can read.
+_EVENT_INTERVAL_S = 0.05
+
+#: A cancelled load has changed nothing while it is in its preflight: then it is not waited for any longer than this.
+_PREFLIGHT_GRACE_S = 0.5
+
+
+async def settle(future: Future[T]) -> T:
+    """Await a future of another thread. Cancelling the waiter leaves the future alone."""
+    return await asyncio.wrap_future(future)
+
+
+async def stop_and_settle(job: Job) -> None:
+    """Stop a job and wait until it has cleaned up, whatever happens to the waiting task meanwhile."""
+    job.stop()
+    with anyio.CancelScope(shield=True):
+        while not job.finished.done():
+            await asyncio.wait([asyncio.wrap_future(job.finished)], timeout=_PREFLIGHT_GRACE_S)
+            if job.progress().state == "preflight":
+                return  # hanging in a file system, with nothing changed: its thread ends by itself
+    if job.finished.done():
+        job.finished.exception()
+
+
+class LoadHandle:
+    """A load that has passed its preflight. From `Loader.start`."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    @property
+    def progress(self) -> Progress:
+        """How far the load is, now. Can be read from any thread."""
+        return self._job.progress()
+
+    async def ready(self, name: str = "") -> None:
+        """Wait until a tensor, or every tensor of a module, holds its final values and any stream may use it.
+
+        Args:
+            name: as in `named_parameters` or `named_modules`; "" waits for the whole model.
+
+        Cancellation: cancels this wait alone.
+
+        Raises:
+            ValueError: there is no such tensor or module.
+            WeightstreamError: the load failed or was cancelled.
+        """
+        await settle(await asyncio.to_thread(self._job.readiness.wait_for, name))
+
+    async def wait(self) -> LoadReport:
+        """Wait for the end of the load.
+
+        Cancellation: cancels this wait alone; the load goes on.
+
+        Raises:
+            WeightstreamError: the load failed; LoadCancelledError if somebody cancelled it. The model then is as it
+                was before, except for what `error.partly_written` names.
+        """
+        return await settle(self._job.finished)
+
+    async def cancel(self) -> None:
+        """Cancel the load, and wait until nothing of it is left: readers, copies, slots, descriptors, parameters.
+
+        Does nothing if the load has ended. Cancellation: the load is cancelled and cleaned up all the same.
+        """
+        await stop_and_settle(self._job)
+
+    async def events(self) -> AsyncIterator[Progress]:
+        """Yield a snapshot whenever something has changed, at most twenty a second, and the last one at the end."""
+        last: Progress | None = None
+        while True:
+            over = self._job.finished.done()
+            progress = self._job.progress()
+            if last is None or over or _counts(progress) != _counts(last):
+                last = progress
+                yield progress
+            if over:
+                return
+            await asyncio.wait([asyncio.wrap_future(self._job.finished)], timeout=_EVENT_INTERVAL_S)
+
+
+class TensorStream:
+    """Named tensors in the order of the files, on the device, as they arrive. From `Loader.stream`.
+
+    Iterate it with `async for`, inside `async with` or followed by `aclose()` if the iteration may stop early. Each
+    tensor's memory is the consumer's. Small tensors share memory (at most `prefetch.chunk` bytes of it), so keeping
+    one of them keeps its neighbours: copy what you keep.
+    """
+
+    def __init__(self, job: Job, sink: ConsumerSink) -> None:
+        self._job = job
+        self._sink = sink
+
+    @property
+    def progress(self) -> Progress:
+        """How far the load is, now."""
+        return self._job.progress()
+
+    async def report(self) -> LoadReport:
+        """Wait for the end of the load, which comes after the last tensor was taken, and return its report."""
+        return await settle(self._job.finished)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[str, torch.Tensor]:
+        """Return the next tensor.
+
+        Cancellation: no tensor is lost; the stream can be iterated on.
+
+        Raises:
+            WeightstreamError: the load failed.
+        """
+        while True:
+            item = self._sink.next_nowait()
+            if item is not None:
+                return item
+            if self._sink.ended:
+                if self._sink.error is not None:
+                    raise self._sink.error
+                raise StopAsyncIteration
+            await settle(self._sink.wait())
+
+    async def aclose(self) -> None:
+        """Stop reading, and wait until nothing of the load is left."""
+        await stop_and_settle(self._job)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+def _counts(progress: Progress) -> tuple[str, int, int, int]:
+    return progress.state, progress.bytes_read, progress.bytes_placed, progress.tensors_ready

@@ -1,0 +1,320 @@
+"""One load, from preflight to report, on a thread of its own.
+
+A job knows no event loop: it is started, stopped and looked at from any thread, and its ends are futures of
+`concurrent.futures`. That is why a busy event loop cannot slow a load, and why the blocking functions are the same code
+as the awaitable ones.
+
+What happens on failure, in this order: nothing more is granted; reads in hand return (or are given up) and copies in
+flight complete; slots go back; replaced parameters get back what they had; blocks and descriptors are let go; then the
+futures resolve.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack
+
+import torch
+
+from weightstream.device.backend import Backend
+from weightstream.device.placement import Place
+from weightstream.device.stage import DeviceStage
+from weightstream.errors import LoadCancelledError, WeightstreamError
+from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
+from weightstream.prefetch.memory import Peak
+from weightstream.scheduler.engine import Engine
+from weightstream.scheduler.flow import Filled, Flow
+from weightstream.scheduler.garbage import no_garbage_collection
+from weightstream.scheduler.ledger import Ledger
+from weightstream.scheduler.plan import Chunk, LoadPlan
+from weightstream.scheduler.readiness import Readiness
+from weightstream.scheduler.report import LoadReport, Progress, State
+from weightstream.scheduler.sinks import Prepared, Sink
+
+__all__ = ["Job"]
+
+logger = logging.getLogger(__name__)
+
+#: How long a load that was stopped waits for a read in hand before it gives the read up. Not measured: an ordinary
+#: read of one chunk takes milliseconds, and Ctrl-C should end a program within a second.
+_GRACE_S = 0.5
+
+
+class Job:
+    """See the module.
+
+    Args:
+        engine: threads, ring and devices; must outlive the job.
+        path: the checkpoint.
+        sink: where the tensors go.
+        reason: why the strategy is what it is, for the report.
+        streams: the caller's current stream per device index.
+
+    Attributes:
+        started: resolves when the preflight has passed, or with its error.
+        finished: resolves with the report, or with the load's error, after everything has been cleaned up.
+        readiness: of single tensors and modules.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        path: str | os.PathLike[str],
+        sink: Sink,
+        *,
+        reason: str,
+        streams: Mapping[int, object],
+    ) -> None:
+        self.started: Future[None] = Future()
+        self.finished: Future[LoadReport] = Future()
+        for future in (self.started, self.finished):
+            future.set_running_or_notify_cancel()  # a waiter that is cancelled must not cancel them for the others
+        self.readiness = Readiness()
+        self._engine = engine
+        self._path = path
+        self._sink: Sink | None = sink
+        self._reason = reason
+        self._streams = streams
+        self._ledger = Ledger(engine.clock.now)
+        self._begin = engine.clock.now()
+        self._state: State = "preflight"
+        self._flow: Flow | None = None
+        self._last_counts = (0, 0)
+        self._total_bytes = 0
+        self._fallbacks: list[str] = []
+        self._num_retries = 0
+        self._stop: BaseException | None = None
+
+    def start(self) -> None:
+        """Start the job's thread."""
+        self._engine.clock.spawn(self._run, "weightstream-load")
+
+    def stop(self, error: BaseException | None = None) -> None:
+        """Ask the load to end, from any thread, without waiting. A load that has ended takes no notice."""
+        self._stop = self._stop or error or LoadCancelledError("the load was cancelled")
+        flow = self._flow
+        if flow is not None:
+            flow.stop(self._stop)
+
+    def progress(self) -> Progress:
+        """Return a snapshot, from any thread."""
+        flow = self._flow
+        if flow is not None:
+            self._last_counts = (flow.bytes_read, flow.bytes_placed)
+        elapsed_s = self._ledger.wall_s if self.finished.done() else self._engine.clock.now() - self._begin
+        return Progress(
+            self._state,
+            *self._last_counts,
+            self._total_bytes,
+            self.readiness.num_ready,
+            self.readiness.num_names,
+            elapsed_s,
+        )
+
+    def fall_back(self, sentence: str) -> None:
+        """Record a downgrade, and log it once."""
+        if sentence not in self._fallbacks:
+            self._fallbacks.append(sentence)
+            logger.warning("%s: %s", self._path, sentence)
+
+    def _run(self) -> None:
+        sink = self._sink
+        assert sink is not None
+        report: LoadReport | None = None
+        error: BaseException | None = None
+        try:
+            with self._engine.account.watch() as peak:
+                report = self._load(sink, peak)
+        except BaseException as exc:  # noqa: BLE001 (whatever it is belongs to those who wait for the load)
+            error = exc
+        self.progress()  # the last counts outlive the flow
+        self._flow = None
+        self._sink = None  # it refers to the model: who keeps a handle must not keep the model's old tensors alive
+        self._state = "failed" if report is None else "done"
+        sink.end(error)
+        self.readiness.end(error)
+        if report is not None:
+            logger.info(
+                "loaded %d tensors, %.2f GB, onto %s in %.2f s (%s)",
+                *(report.num_tensors, report.num_bytes / 1e9, report.device, report.wall_s, report.strategy),
+            )
+            self.finished.set_result(report)
+            return
+        assert error is not None
+        if not self.started.done():
+            self.started.set_exception(error)
+        self.finished.set_exception(error)
+
+    def _load(self, sink: Sink, peak: Peak) -> LoadReport:
+        engine = self._engine
+        with ExitStack() as stack:
+            checkpoint = open_checkpoint(self._path, allow_outside_links=engine.config.prefetch.allow_outside_links)
+            stack.callback(checkpoint.close)
+            source = engine.machine.open_source(
+                checkpoint,
+                engine.config.prefetch,
+                pause=self._pause,
+                on_retry=self._count_retry,
+                on_fallback=self.fall_back,
+            )
+            stack.callback(source.close)
+            with no_garbage_collection():
+                prepared = sink.prepare(checkpoint, direct=source.direct)
+                self.readiness.expect(prepared.placement.names, prepared.placement.module_names)
+            plan, backend = prepared.plan, prepared.backend
+            self._total_bytes = plan.num_bytes
+            engine.prepare_memory(plan, backend, direct=source.direct, on_fallback=self.fall_back)
+            blocks = _BlockAccount(engine, backend, delivered=sink.delivers)
+            stack.callback(blocks.close)
+            stream = self._streams.get(-1 if backend.device.index is None else backend.device.index)
+            stage = DeviceStage(backend, plan.layout, stream=stream, on_block=blocks.change)
+            stack.callback(stage.close)
+            flow = self._flow = Flow(plan, source, stage, engine.ring, engine.clock, self._ledger, sink.admit)
+            if self._stop is not None:  # asked before there was a flow to stop
+                raise self._stop
+            sink.open(prepared, stage)
+            self.started.set_result(None)
+            try:
+                self._pump(sink, stage, flow, plan)
+                self._ledger.enter("bind")
+                self._state = "finishing"
+                checkpoint.check_unchanged()
+                self.readiness.mark(sink.finish())
+            except BaseException as error:
+                self._undo(sink, error)
+                raise
+            self._ledger.enter("other")
+        self._ledger.enter("other")
+        return self._report(checkpoint, prepared, stage, blocks, peak)
+
+    def _pump(self, sink: Sink, stage: DeviceStage, flow: Flow, plan: LoadPlan) -> None:
+        """Submit what is filled and place what is copied, until everything is placed; leave nothing at work."""
+        timeout_s = self._engine.config.scheduler.timeout_s
+        deadline = None if timeout_s is None else self._begin + timeout_s
+        parts = dict(plan.parts)
+        self._state = "loading"
+        readers = self._engine.readers
+        try:
+            stage.open()
+            self.readiness.mark(sink.take(list(plan.empty)))
+            flow.start()
+            readers.attach(flow)
+            while (step := flow.next(deadline, timeout_s)) is not None:
+                if isinstance(step, Filled):
+                    step.slot.segment.settled.wait()
+                    flow.submitted(step, stage.submit(step.chunk.transfer, step.slot.view, step.shift))
+                    continue
+                with no_garbage_collection():
+                    self.readiness.mark(sink.take(_completed(step, parts)))
+                flow.bound(step)
+        except BaseException as error:
+            flow.stop(error)
+            raise
+        finally:
+            readers.detach(flow)
+            stuck = flow.drain(_GRACE_S)
+            if stuck:
+                readers.replace_stuck(stuck)
+                self.fall_back(f"{stuck} reads did not return and were given up; their slots are lost to this Loader")
+
+    def _undo(self, sink: Sink, error: BaseException) -> None:
+        written = sink.rollback()
+        if written:
+            if isinstance(error, WeightstreamError):
+                error.partly_written = written
+            logger.warning("the model is partly written: %d of its tensors had storage and were changed", len(written))
+
+    def _pause(self, seconds: float) -> bool:
+        flow = self._flow
+        return flow is not None and flow.pause(seconds)
+
+    def _count_retry(self) -> None:
+        self._num_retries += 1
+
+    def _report(
+        self, checkpoint: Checkpoint, prepared: Prepared, stage: DeviceStage, blocks: _BlockAccount, peak: Peak
+    ) -> LoadReport:
+        placement, backend, plan = prepared
+        wall_s = self._ledger.wall_s
+        pinned_bytes = self._engine.ring.statistics().pinned_bytes if backend.pinnable else 0
+        own = placement.loaded_themselves
+        if own:
+            names = ", ".join(own[:5]) + (f" and {len(own) - 5} more" if len(own) > 5 else "")
+            self._fallbacks.append(f"{len(own)} modules were loaded through hooks of their own: {names}")
+        return LoadReport(
+            checkpoint=str(checkpoint.path),
+            strategy="stream",
+            reason=self._reason,
+            device="page-cache" if backend.device.type == "meta" else str(backend.device),
+            dtype=_dtypes(placement.places),
+            num_tensors=len(placement.places),
+            num_shards=len(checkpoint.shards),
+            num_bytes=plan.num_bytes,
+            wall_s=wall_s,
+            throughput_bytes_per_s=plan.num_bytes / wall_s if wall_s > 0 else 0.0,
+            phases=dict(self._ledger.phases),
+            overlap=self._ledger.overlap,
+            host_peak_bytes=peak.value,
+            pinned_bytes=pinned_bytes,
+            device_peak_bytes=blocks.device_peak_bytes,
+            num_copies=stage.num_copies,
+            num_retries=self._num_retries,
+            fallbacks=tuple(self._fallbacks),
+            missing_keys=tuple(placement.missing_keys),
+            unexpected_keys=tuple(placement.unexpected_keys),
+            verified="none",
+        )
+
+
+class _BlockAccount:
+    """Enters a load's blocks into the host's account, or adds them up for the device.
+
+    Blocks in host memory that parameters take stay entered until the load ends; those that a consumer takes are its
+    own from then on.
+    """
+
+    def __init__(self, engine: Engine, backend: Backend, *, delivered: bool) -> None:
+        self.device_peak_bytes = 0
+        self._account = engine.account if backend.lands else None
+        self._is_device = not backend.lands and backend.device.type != "meta"
+        self._delivered = delivered
+        self._held = 0
+
+    def change(self, num_bytes: int) -> None:
+        if num_bytes < 0 and not self._delivered:
+            return
+        self._held += num_bytes
+        if self._is_device:
+            self.device_peak_bytes = max(self.device_peak_bytes, self._held)
+        if self._account is not None:
+            self._account.hold(num_bytes)
+
+    def close(self) -> None:
+        if self._account is not None:
+            self._account.release(self._held)
+
+
+def _completed(chunks: list[Chunk], parts: dict[int, int]) -> list[int]:
+    """Return the places whose last bytes came with these chunks, counting down those that are in several."""
+    done: list[int] = []
+    for chunk in chunks:
+        transfer = chunk.transfer
+        for place in range(transfer.first, transfer.stop):
+            left = parts.get(place)
+            if left is None:
+                done.append(place)
+                continue
+            parts[place] = left - 1
+            if left == 1:
+                done.append(place)
+    return done
+
+
+def _dtypes(places: list[Place]) -> str:
+    totals: dict[torch.dtype, int] = {}
+    for place in places:
+        totals[place.dtype] = totals.get(place.dtype, 0) + place.num_bytes
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(totals, key=lambda one: -totals[one]))

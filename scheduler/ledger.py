@@ -1,0 +1,86 @@
+"""The ledger: where the wall time of a load went.
+
+Every moment of a load is booked to exactly one phase, by what the load was waiting for then, so the phases sum to the
+wall time by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+__all__ = ["Ledger", "Section"]
+
+#: What the load's own thread is at: before the first read, between first read and last copy, placing what is left, or
+#: none of these.
+Section = Literal["preflight", "pipeline", "bind", "other"]
+
+
+class Ledger:
+    """Counts who is busy and books the time between two changes. Guarded by its user's lock.
+
+    In the pipeline the rule is: where a filled chunk waits for the device stage, the copy is what holds the load up;
+    where none waits, the disk is; once everything is read, it is the copies, and then the binding, that are left. Of
+    the chunks whose copies have been submitted only the first is being copied: the others wait behind it.
+
+    Args:
+        now: the clock, in seconds.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.reading = 0
+        self.filled = 0
+        self.copying = 0
+        self.binding = 0
+        self.read_busy_s = 0.0
+        self.copy_busy_s = 0.0
+        self.both_busy_s = 0.0
+        self.phases = {"preflight": 0.0, "disk": 0.0, "copy": 0.0, "bind": 0.0, "other": 0.0}
+        self._section: Section = "preflight"
+        self._now = now
+        self._start = self._last = now()
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds from the start to the last booking."""
+        return self._last - self._start
+
+    @property
+    def overlap(self) -> float:
+        """Time in which a read and a copy were both in progress, as a share of the less busy stage's time.
+
+        0.0 where one of the two had nothing to do (reads that go straight to where the tensors stay need no copy).
+        """
+        less = min(self.read_busy_s, self.copy_busy_s)
+        return self.both_busy_s / less if less > 0 else 0.0
+
+    def enter(self, section: Section) -> None:
+        """Book the time until now, and go on in another section."""
+        self.change()
+        self._section = section
+
+    def change(self, *, reading: int = 0, filled: int = 0, copying: int = 0, binding: int = 0) -> None:
+        """Book the time until now, then add to the counts of chunks in each state."""
+        now = self._now()
+        spent, self._last = now - self._last, now
+        self.phases[self._phase()] += spent
+        if self.reading:
+            self.read_busy_s += spent
+        if self.copying:
+            self.copy_busy_s += spent
+            if self.reading:
+                self.both_busy_s += spent
+        self.reading += reading
+        self.filled += filled
+        self.copying += copying
+        self.binding += binding
+
+    def _phase(self) -> str:
+        if self._section != "pipeline":
+            return self._section
+        waiting = self.filled or self.copying > 1
+        if waiting or (self.copying and not self.reading):
+            return "bind" if self.binding and not self.copying else "copy"
+        if self.reading:
+            return "disk"
+        return "bind" if self.binding else "other"

@@ -1,0 +1,175 @@
+"""The loader: what an async program holds on to. Loads run in it, and end before it does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+import anyio
+from anyio.abc import TaskGroup
+from torch import nn
+
+from weightstream.device.accelerator import caller_streams
+from weightstream.scheduler.config import Settings
+from weightstream.scheduler.engine import Engine, Machine
+from weightstream.scheduler.handle import LoadHandle, TensorStream, settle, stop_and_settle
+from weightstream.scheduler.job import Job
+from weightstream.scheduler.report import LoadReport
+from weightstream.scheduler.sinks import ConsumerSink, ModelSink, NowhereSink, Sink
+
+__all__ = ["Loader", "make_job"]
+
+logger = logging.getLogger(__name__)
+
+Path = str | os.PathLike[str]
+
+_REASON = "the bounded pipeline is the only strategy so far"
+
+
+def make_job(engine: Engine, path: Path | None, sink: Sink, streams: Mapping[int, object]) -> Job:
+    """Make a job for the checkpoint at `path`, or for the one that the configuration names.
+
+    Raises:
+        ValueError: neither names one.
+        RuntimeError: the process was forked from the engine's.
+    """
+    engine.check_process()
+    checkpoint = path if path is not None else engine.config.checkpoint
+    if checkpoint is None:
+        raise ValueError("no checkpoint: pass a path, or set `checkpoint` in the configuration")
+    return Job(engine, checkpoint, sink, reason=_REASON, streams=streams)
+
+
+class Loader:
+    """Loads checkpoints into models. Owns reader threads, host memory and copy streams; many loads, one budget.
+
+    Use it as an async context: `async with Loader(config) as loader`. It may be entered in one task and left in
+    another. Leaving cancels what still runs and waits for it. Everything it does happens on threads; the event loop
+    (asyncio or uvloop) only starts, awaits and cancels.
+
+    Args:
+        config: a `LoaderConfig`.
+        machine: for tests: replaces parts of the machine.
+    """
+
+    def __init__(self, config: Settings, *, machine: Machine | None = None) -> None:
+        self._config = config
+        self._machine = machine
+        self._engine: Engine | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._tasks: TaskGroup | None = None
+        self._closing = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        if self._supervisor is not None:
+            raise RuntimeError("this Loader was entered before: make a new one")
+        self._engine = Engine(self._config, self._machine)
+        opened = asyncio.Event()
+        self._supervisor = asyncio.create_task(self._supervise(opened), name="weightstream-supervisor")
+        await opened.wait()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._supervisor is not None
+        assert self._engine is not None
+        self._closing.set()
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait([self._supervisor])
+            await asyncio.to_thread(self._engine.close)
+
+    async def start(self, model: nn.Module, path: Path | None = None) -> LoadHandle:
+        """Start to load a checkpoint into a model; return once the preflight has passed.
+
+        Args:
+            model: its parameters on meta get storage on `device.target`; those that have storage are written to.
+            path: a folder, an `*.index.json` or a `.safetensors` file; None: what the configuration names.
+
+        Cancellation: the load is cancelled, and the model is as it was before.
+
+        Raises:
+            CheckpointError, PlacementError, MemoryBudgetError, ReadError: the preflight failed; nothing has changed.
+            ValueError: no checkpoint is named.
+            RuntimeError: the loader is not open, or the process was forked.
+        """
+        return LoadHandle(await self._begin(ModelSink(self._open_engine(), model), path))
+
+    async def load(self, model: nn.Module, path: Path | None = None) -> LoadReport:
+        """Load a checkpoint into a model, and wait until every tensor is in place. See `start`.
+
+        Cancellation: the load is cancelled and cleaned up before this returns.
+
+        Raises:
+            WeightstreamError: the load failed. See `LoadHandle.wait` for what is true of the model then.
+        """
+        return await self._complete(await self._begin(ModelSink(self._open_engine(), model), path))
+
+    async def warm(self, path: Path | None = None) -> LoadReport:
+        """Read a checkpoint into the page cache and nowhere else. Errors and cancellation as in `load`."""
+        return await self._complete(await self._begin(NowhereSink(self._open_engine()), path))
+
+    def stream(self, path: Path | None = None) -> TensorStream:
+        """Read a checkpoint tensor by tensor, without a model, in the order of its files.
+
+        Readers stay ahead of the consumer by at most `prefetch.host_memory` bytes.
+
+        Returns:
+            An asynchronous iterator of (name, tensor on `device.target`). Errors are raised while iterating.
+        """
+        sink = ConsumerSink(self._open_engine())
+        return TensorStream(self._launch(sink, path), sink)
+
+    def _open_engine(self) -> Engine:
+        if self._engine is None or self._tasks is None:
+            raise RuntimeError("the Loader is not open: use it inside `async with`")
+        return self._engine
+
+    def _launch(self, sink: Sink, path: Path | None) -> Job:
+        job = make_job(self._open_engine(), path, sink, caller_streams())
+        assert self._tasks is not None
+        job.start()
+        self._tasks.start_soon(self._attend, job)
+        return job
+
+    async def _begin(self, sink: Sink, path: Path | None) -> Job:
+        job = self._launch(sink, path)
+        try:
+            await settle(job.started)
+        except BaseException:
+            await stop_and_settle(job)
+            raise
+        return job
+
+    async def _complete(self, job: Job) -> LoadReport:
+        try:
+            return await settle(job.finished)
+        except BaseException:
+            await stop_and_settle(job)
+            raise
+
+    async def _supervise(self, opened: asyncio.Event) -> None:
+        """Own the task group of this loader's loads, in a task of its own, until the loader is closed.
+
+        A task group that `__aenter__` entered would bind the loader to the task that opened it. When the event loop
+        itself is shut down, this task is cancelled like all others, and so every load ends before the loop does.
+        """
+        try:
+            async with anyio.create_task_group() as tasks:
+                self._tasks = tasks
+                opened.set()
+                await self._closing.wait()
+                tasks.cancel_scope.cancel()
+        finally:
+            self._tasks = None
+
+    async def _attend(self, job: Job) -> None:
+        """Wait for one load; stop it when the loader is closed. Its error belongs to its handle, not to its siblings."""
+        try:
+            await asyncio.wait([asyncio.wrap_future(job.finished)])
+        finally:
+            await stop_and_settle(job)

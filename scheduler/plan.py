@@ -1,0 +1,170 @@
+"""The plan of a load: frozen data that says what is read, in which order, and where it goes. No I/O, no device.
+
+Tensors that lie next to each other in a shard form an *extent*; extents are cut into *chunks* that fit a slot. A small
+tensor (one without a block of its own) is never cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from weightstream.device.layout import ALIGNMENT_BYTES, Layout, Transfer, padded
+from weightstream.device.placement import Place
+from weightstream.prefetch.header import TensorSpec
+from weightstream.prefetch.source import ByteRange
+
+__all__ = ["Chunk", "LoadPlan", "make_plan"]
+
+#: A chunk is closed rather than filled up with less than this much of a large tensor.
+_MIN_CUT_BYTES = 64 * 2**10
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one read fetches, and what becomes of it."""
+
+    index: int
+    source: ByteRange
+    transfer: Transfer
+
+    @property
+    def num_bytes(self) -> int:
+        return self.source.end - self.source.begin
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """All chunks of a load, in the order in which they are read.
+
+    Attributes:
+        chunks: `chunks[i].index == i`.
+        layout: the blocks that the chunks fill.
+        num_bytes: bytes to read.
+        num_extents: contiguous byte ranges that the chunks were cut from.
+        parts: place -> number of chunks, for places that are in more than one.
+        empty: places without bytes.
+    """
+
+    chunks: tuple[Chunk, ...]
+    layout: Layout
+    num_bytes: int
+    num_extents: int
+    parts: dict[int, int]
+    empty: tuple[int, ...]
+
+    @property
+    def slots_bytes(self) -> int:
+        """Bytes of slots that would hold all of the load's packed chunks at once."""
+        return sum(chunk.transfer.slot_bytes for chunk in self.chunks)
+
+
+def make_plan(
+    specs: list[TensorSpec],
+    places: list[Place],
+    *,
+    lands: bool,
+    chunk_bytes: int,
+    own_bytes: int,
+    block_bytes: int,
+    order: Literal["model", "file"],
+    isolate_large: bool = False,
+) -> LoadPlan:
+    """Cut the wanted tensors into chunks and lay them out.
+
+    Args:
+        specs: what is wanted, sorted by shard and by `begin`.
+        places: what becomes of each; parallel to `specs`.
+        lands: whether the device's blocks can be read into directly.
+        chunk_bytes: the most that one chunk may need of a slot.
+        own_bytes: tensors of this size or more get a block of their own.
+        block_bytes: size of the blocks that smaller ones share.
+        order: of the chunks; by `Place.position` of the earliest tensor in each, or as they lie in the files.
+        isolate_large: never put a large tensor and another into one chunk (a consumer that takes tensors one by one
+            could otherwise wait for a chunk that waits for it).
+    """
+    layout = Layout(places, lands=lands, own_bytes=own_bytes, block_bytes=block_bytes)
+    cutter = _Cutter(specs, layout, chunk_bytes, isolate_large=isolate_large)
+    cuts = list(cutter.cut())
+    parts: dict[int, int] = {}
+    for cut in cuts:
+        for place in {cut.first, cut.stop - 1}:
+            parts[place] = parts.get(place, 0) + 1
+    if order == "model":
+        cuts.sort(key=lambda cut: min(places[i].position for i in range(cut.first, cut.stop)))
+    chunks = tuple(
+        Chunk(
+            index,
+            ByteRange(cut.shard, cut.begin, cut.end),
+            layout.transfer(cut.first, cut.stop, cut.head, cut.end - cut.begin),
+        )
+        for index, cut in enumerate(cuts)
+    )
+    return LoadPlan(
+        chunks,
+        layout,
+        sum(chunk.num_bytes for chunk in chunks),
+        cutter.num_extents,
+        {place: count for place, count in parts.items() if count > 1},
+        tuple(i for i, spec in enumerate(specs) if spec.begin == spec.end),
+    )
+
+
+@dataclass(slots=True)
+class _Cut:
+    """Bytes `begin` to `end` of a shard: places `first` to `stop`, of which the first has `head` bytes before."""
+
+    shard: int
+    begin: int
+    end: int
+    first: int
+    stop: int
+    head: int
+
+
+class _Cutter:
+    def __init__(self, specs: list[TensorSpec], layout: Layout, chunk_bytes: int, *, isolate_large: bool) -> None:
+        self._specs = specs
+        self._layout = layout
+        self._chunk_bytes = chunk_bytes
+        self._isolate_large = isolate_large
+        self.num_extents = 0
+
+    def cut(self) -> Iterator[_Cut]:
+        current: _Cut | None = None
+        used = 0
+        shard = position = -1
+        for index, spec in enumerate(self._specs):
+            size = spec.end - spec.begin
+            if size == 0:
+                continue
+            small = size < self._layout.own_bytes
+            contiguous = spec.shard == shard and spec.begin == position
+            if not contiguous:
+                self.num_extents += 1
+            shard, position = spec.shard, spec.end
+            if current is not None and (
+                not contiguous
+                or (small and used + padded(size) > self._chunk_bytes)
+                or (not small and (self._isolate_large or self._chunk_bytes - used < min(size, _MIN_CUT_BYTES)))
+            ):
+                yield current
+                current = None
+            done = 0
+            while done < size:
+                if current is None:
+                    current = _Cut(spec.shard, spec.begin + done, spec.begin + done, index, index, done)
+                    used = 0
+                count = min(size - done, self._chunk_bytes - used)
+                if count < size - done:
+                    count -= count % ALIGNMENT_BYTES
+                done += count
+                used += padded(count)
+                current.end += count
+                current.stop = index + 1
+                if done < size or (self._isolate_large and not small):
+                    yield current
+                    current = None
+        if current is not None:
+            yield current

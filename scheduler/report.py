@@ -1,0 +1,82 @@
+"""What happened, as data: the report of a load that has ended, and the progress of one that runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["LoadReport", "Progress", "State"]
+
+#: Where a load is: checking; reading and copying; placing what is left; over.
+State = Literal["preflight", "loading", "finishing", "done", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A snapshot of a running load. Bytes count up to `total_bytes`, tensors to `total_tensors`."""
+
+    state: State
+    bytes_read: int
+    bytes_placed: int
+    total_bytes: int
+    tensors_ready: int
+    total_tensors: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What a load did.
+
+    Attributes:
+        checkpoint: the index or file that was loaded.
+        strategy: how, and `reason` why so, in one sentence.
+        device: where the tensors are, as torch writes it; "page-cache" where bytes were only read.
+        dtype: of the loaded tensors, the one with most bytes first.
+        num_tensors, num_shards, num_bytes: what was loaded; bytes as stored.
+        wall_s: seconds from the call to the last tensor in place.
+        throughput_bytes_per_s: num_bytes / wall_s.
+        phases: seconds in which the load waited for preflight, disk, copy, bind and other; they sum to wall_s.
+        overlap: time in which a read and a copy were both in progress, as a share of the less busy stage's time; 0.0
+            where one of the two had nothing to do.
+        host_peak_bytes: the most that ring and host blocks held together while this load ran, by our own account.
+        pinned_bytes: how much of the ring was page-locked at the end.
+        device_peak_bytes: the most device memory that this load had allocated at once for blocks; 0 on the CPU.
+        num_copies: copies from slots to blocks or parameters.
+        num_retries: reads that were repeated after an error that passed.
+        fallbacks: every downgrade and special way, one sentence each.
+        missing_keys, unexpected_keys: as torch names them; empty where `device.strict` holds.
+        verified: what the bytes were compared with; "none" if nothing.
+    """
+
+    checkpoint: str
+    strategy: str
+    reason: str
+    device: str
+    dtype: str
+    num_tensors: int
+    num_shards: int
+    num_bytes: int
+    wall_s: float
+    throughput_bytes_per_s: float
+    phases: dict[str, float]
+    overlap: float
+    host_peak_bytes: int
+    pinned_bytes: int
+    device_peak_bytes: int
+    num_copies: int
+    num_retries: int
+    fallbacks: tuple[str, ...]
+    missing_keys: tuple[str, ...]
+    unexpected_keys: tuple[str, ...]
+    verified: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data; the keys are the attributes' names."""
+        return dataclasses.asdict(self)
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """Return the report as JSON."""
+        return json.dumps(self.to_dict(), indent=indent)

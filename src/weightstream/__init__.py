@@ -1,0 +1,90 @@
+"""weightstream: fill a PyTorch model from a checkpoint as fast as disk and bus allow, awaited from an async server.
+
+Importing this package imports neither torch nor anything that takes long: the names below are loaded when they are
+first used. Code that starts loads on an event loop should use them once before the loop runs.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from weightstream.api import Loader, iter_tensors, load, load_sync
+    from weightstream.config import LoaderConfig
+    from weightstream.errors import (
+        CheckpointError,
+        DtypeMismatchError,
+        HeaderError,
+        IndexMismatchError,
+        IntegrityError,
+        LoadCancelledError,
+        LoadTimeoutError,
+        MemoryBudgetError,
+        MissingKeysError,
+        MissingShardError,
+        PlacementError,
+        ReadError,
+        ShapeMismatchError,
+        UnexpectedKeysError,
+        UnsupportedFormatError,
+        WeightstreamError,
+    )
+    from weightstream.scheduler.handle import LoadHandle, TensorStream
+    from weightstream.scheduler.report import LoadReport, Progress
+
+__all__ = [
+    "CheckpointError",
+    "DtypeMismatchError",
+    "HeaderError",
+    "IndexMismatchError",
+    "IntegrityError",
+    "LoadCancelledError",
+    "LoadHandle",
+    "LoadReport",
+    "LoadTimeoutError",
+    "Loader",
+    "LoaderConfig",
+    "MemoryBudgetError",
+    "MissingKeysError",
+    "MissingShardError",
+    "PlacementError",
+    "Progress",
+    "ReadError",
+    "ShapeMismatchError",
+    "TensorStream",
+    "UnexpectedKeysError",
+    "UnsupportedFormatError",
+    "WeightstreamError",
+    "__version__",
+    "iter_tensors",
+    "load",
+    "load_sync",
+]
+
+_HOMES = {
+    "LoadHandle": "weightstream.scheduler.handle",
+    "LoadReport": "weightstream.scheduler.report",
+    "Loader": "weightstream.api",
+    "LoaderConfig": "weightstream.config",
+    "Progress": "weightstream.scheduler.report",
+    "TensorStream": "weightstream.scheduler.handle",
+    "iter_tensors": "weightstream.api",
+    "load": "weightstream.api",
+    "load_sync": "weightstream.api",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return version("weightstream")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(_HOMES.get(name, "weightstream.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

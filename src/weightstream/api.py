@@ -1,0 +1,94 @@
+"""The functions of the front door: one-shot loading, awaited or blocking, and a blocking iterator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from weightstream.config import LoaderConfig
+from weightstream.device.accelerator import caller_streams
+from weightstream.scheduler import loader as scheduler
+from weightstream.scheduler.engine import Engine, Machine
+from weightstream.scheduler.job import Job
+from weightstream.scheduler.report import LoadReport
+from weightstream.scheduler.sinks import ConsumerSink, ModelSink, drain
+
+__all__ = ["Loader", "iter_tensors", "load", "load_sync"]
+
+Path = str | os.PathLike[str]
+
+
+class Loader(scheduler.Loader):
+    __doc__ = scheduler.Loader.__doc__
+
+    def __init__(self, config: LoaderConfig | None = None, *, machine: Machine | None = None) -> None:
+        super().__init__(config or LoaderConfig(), machine=machine)
+
+
+async def load(model: nn.Module, path: Path | None = None, *, config: LoaderConfig | None = None) -> LoadReport:
+    """Load a checkpoint into a model. For more than one load, keep a `Loader`: it keeps threads and memory.
+
+    Args:
+        model: its parameters on meta get storage on `device.target`; those that have storage are written to.
+        path: a folder, an `*.index.json` or a `.safetensors` file; None: what the configuration names.
+        config: None: defaults and environment variables.
+
+    Cancellation: the load is cancelled, and everything is cleaned up, before this returns.
+
+    Raises:
+        WeightstreamError: see `weightstream.errors`; the model then is as it was before, except for what the error's
+            `partly_written` names.
+    """
+    async with Loader(config) as loader:
+        return await loader.load(model, path)
+
+
+def load_sync(model: nn.Module, path: Path | None = None, *, config: LoaderConfig | None = None) -> LoadReport:
+    """Load a checkpoint into a model, and block until it is there. Needs no event loop; see `load`.
+
+    An exception in the waiting thread (KeyboardInterrupt) cancels the load and cleans up.
+    """
+    engine = Engine(config or LoaderConfig())
+    try:
+        job = scheduler.make_job(engine, path, ModelSink(engine, model), caller_streams())
+        job.start()
+        return _result(job)
+    finally:
+        engine.close()
+
+
+def iter_tensors(path: Path | None = None, config: LoaderConfig | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor on `device.target`) in the order of the files, blocking. For engines with loops of their own.
+
+    Readers stay ahead by at most `prefetch.host_memory` bytes. Each tensor's memory is the consumer's; small tensors
+    share memory (at most `prefetch.chunk` bytes of it), so copy what you keep. Closing the iterator early stops the
+    load.
+
+    Raises:
+        WeightstreamError: see `weightstream.errors`.
+    """
+    engine = Engine(config or LoaderConfig())
+    try:
+        sink = ConsumerSink(engine)
+        job = scheduler.make_job(engine, path, sink, caller_streams())
+        job.start()
+        try:
+            yield from drain(sink)
+            _result(job)
+        finally:
+            job.stop()
+            job.finished.exception()
+    finally:
+        engine.close()
+
+
+def _result(job: Job) -> LoadReport:
+    try:
+        return job.finished.result()
+    except BaseException:
+        job.stop()
+        job.finished.exception()
+        raise

@@ -1,0 +1,235 @@
+"""`LoaderConfig`: all settings of a load, from keywords, the environment, a YAML file, and defaults.
+
+Owns the order of the four, field by field, and the refusal of whatever names nothing: an option with a typing mistake
+is an error wherever it comes from. The sections belong to the stages (`prefetch.config`, `scheduler.config`,
+`device.config`). Reads no checkpoint and imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Self, cast
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+from yaml.composer import ComposerError
+
+from weightstream.device.config import DeviceConfig
+from weightstream.prefetch.config import PrefetchConfig
+from weightstream.scheduler.config import SchedulerConfig, Strategy
+
+__all__ = ["LoaderConfig"]
+
+_PREFIX = "WEIGHTSTREAM_"
+_PACKAGE = "pkg://"
+#: The keyword by which `from_yaml` hands its file to the sources. No field can have this name.
+_YAML_FILE = "yaml file"
+_NAME = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
+
+
+def _in_package(value: object) -> object:
+    """Turn `pkg://PACKAGE/folder` into the path of that folder; the package is found, not imported."""
+    if value == "":
+        raise ValueError("checkpoint is empty: name a folder or a file, or leave it out")
+    if not isinstance(value, str) or not value.startswith(_PACKAGE):
+        return value
+    name, _, inside = value.removeprefix(_PACKAGE).partition("/")
+    if not name.isidentifier() or ".." in Path(inside).parts or inside.startswith("/"):
+        raise ValueError(f"{value} must be {_PACKAGE}PACKAGE/folder, with the name of a top-level package")
+    spec = find_spec(name)
+    if spec is None or spec.submodule_search_locations is None:
+        raise ValueError(f"{value}: no package {name!r} is installed for this Python; install it or correct the name")
+    places = [Path(place) / inside for place in spec.submodule_search_locations]
+    for place in places:
+        if place.exists():
+            return place
+    raise ValueError(f"{value}: package {name!r} is installed, but there is no {' or '.join(map(str, places))}")
+
+
+class LoaderConfig(BaseSettings):
+    """All settings of a load. Frozen; keyword > environment `WEIGHTSTREAM_SECTION__FIELD` > YAML > default.
+
+    The order holds field by field, also inside sections: a section given by keyword, as a mapping or as a model,
+    decides the fields that it sets and leaves the others to the environment and the file. In the environment `null`
+    means null.
+
+    Raises:
+        pydantic.ValidationError: a value is wrong, or a keyword or a `WEIGHTSTREAM_...` variable names no field.
+    """
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=_PREFIX,
+        env_nested_delimiter="__",
+        env_parse_none_str="null",
+        json_schema_extra={"title": "weightstream", "description": "Settings of a load by weightstream."},
+    )
+
+    checkpoint: Annotated[Path | None, BeforeValidator(_in_package)] = Field(
+        default=None,
+        description="What to load: a folder, a `model.safetensors.index.json`, or one `.safetensors` file. A relative "
+        "path in a YAML file starts at that file's folder, elsewhere at the working directory. `pkg://PACKAGE/folder` "
+        "is a folder inside an installed Python package. null (the default): named in the call.",
+    )
+    model: str | None = Field(
+        default=None,
+        pattern=rf"^(transformers|{_NAME}:{_NAME})$",
+        description="What the command line builds the model with: `package.module:callable`, which returns the "
+        "nn.Module, or `transformers`, which follows the checkpoint's config.json. null (the default): the calling "
+        "program has a model.",
+    )
+    strategy: Strategy = Field(
+        default="auto",
+        description="How the checkpoint gets into the model. `auto` (the default): the loader decides and says why in "
+        "its report. `stream`: the bounded pipeline of reading and copying.",
+    )
+    prefetch: PrefetchConfig = Field(
+        default=PrefetchConfig(), description="How bytes get from storage into host memory."
+    )
+    scheduler: SchedulerConfig = Field(
+        default=SchedulerConfig(), description="What is read when, and how long a load may take."
+    )
+    device: DeviceConfig = Field(default=DeviceConfig(), description="Where tensors go, and what must be true of them.")
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> Self:  # noqa: ANN401 - validated by pydantic
+        """Read a YAML file; the environment goes before it, and `overrides` (as for the class) before both.
+
+        Raises:
+            pydantic.ValidationError: as for the class; also when the file cannot be read, is not YAML, is not a
+                mapping at its top level, or has a key twice or a key that names no field. The message names the file.
+        """
+        values: dict[str, Any] = {_YAML_FILE: Path(path), **overrides}
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            known = {".".join(field[:depth]) for field in _fields(cls.model_fields) for depth in (1, 2)}
+            details = [_named(found, known) for found in error.errors(include_url=False, include_context=False)]
+            title = ", ".join([f"LoaderConfig from {path}", *sorted(_environment())])
+            raise ValidationError.from_exception_data(title, details) from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put keywords before the environment before the YAML file; pydantic-settings merges them, field by field."""
+        keywords = {name: _explicit(value) for name, value in init_settings().items()}
+        file = keywords.pop(_YAML_FILE, None)
+        values = _read_yaml(file) if isinstance(file, Path) else {}
+        return (
+            InitSettingsSource(settings_cls, keywords),
+            _Environment(settings_cls),
+            InitSettingsSource(settings_cls, values),
+        )
+
+
+def _explicit(value: object) -> object:
+    """Reduce a model to the fields that were set, so that it can be merged with what other sources say."""
+    return value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
+
+
+class _Environment(EnvSettingsSource):
+    """pydantic-settings' reader of the environment, which passes over variables that name no field."""
+
+    def __call__(self) -> dict[str, Any]:
+        known = {"__".join(path).upper() for path in _fields(self.settings_cls.model_fields)}
+        unknown = sorted({name.removeprefix(_PREFIX) for name in _environment()} - known)
+        if unknown:
+            raise _failure(
+                *(
+                    _detail(f"this variable names no field{_hint(name, known, prefix=_PREFIX)}", loc=(_PREFIX + name,))
+                    for name in unknown
+                )
+            )
+        return super().__call__()
+
+
+def _environment() -> set[str]:
+    """Return the names of all variables that are meant for us, in capitals."""
+    return {name.upper() for name in os.environ if name.upper().startswith(_PREFIX)}
+
+
+def _fields(fields: Mapping[str, FieldInfo]) -> Iterator[tuple[str, ...]]:
+    """Yield the path of every field that has a value of its own: `("checkpoint",)`, `("prefetch", "chunk")`, ..."""
+    for name, field in fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from ((name, *path) for path in _fields(field.annotation.model_fields))
+        else:
+            yield (name,)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader, which by itself keeps the last of doubled keys and says nothing."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # noqa: ANN401 - the stubs have a wrong type
+        # Not in construct_mapping: there, keys that `<<` has merged in already stand beside those that replace them.
+        node = super().compose_mapping_node(anchor)
+        marks: dict[str, yaml.Mark] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in marks:
+                first = f"key {key.value!r} stands here", marks[key.value]
+                raise ComposerError(*first, "and again here", key.start_mark)
+            marks[key.value] = key.start_mark
+        return node
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    """Return the mapping in `file`, with `checkpoint` made relative to the file's folder. An empty file is empty."""
+    try:
+        with file.open("rb") as stream:
+            content: object = yaml.load(stream, Loader=_StrictLoader)  # noqa: S506 - it is a safe loader
+    except OSError as error:
+        raise _failure(_detail(f"cannot read {file}: {error.strerror}")) from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise _failure(_detail(f"{file} cannot be parsed: {error}")) from error
+    values = cast("dict[object, object]", content) if isinstance(content, dict) else None
+    if content is None:
+        return {}
+    if values is None or not all(isinstance(key, str) for key in values):
+        raise _failure(_detail(f"{file} must have names of fields, each followed by a colon, at its top level"))
+    path = values.get("checkpoint")
+    if isinstance(path, str) and path and not path.startswith(_PACKAGE):
+        values["checkpoint"] = str(file.parent / path)
+    return cast("dict[str, Any]", values)
+
+
+def _named(found: ErrorDetails, known: Iterable[str]) -> InitErrorDetails:
+    message = found["msg"]
+    if found["type"] == "extra_forbidden":
+        message = f"no such key{_hint('.'.join(map(str, found['loc'])), known)}"
+    return _detail(message, kind=found["type"], loc=found["loc"], value=found["input"])
+
+
+def _hint(name: str, known: Iterable[str], *, prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _detail(
+    message: str, *, kind: str = "config", loc: tuple[int | str, ...] = (), value: object = None
+) -> InitErrorDetails:
+    error = PydanticCustomError(kind, "{message}", {"message": message})  # pyright: ignore[reportArgumentType] - LiteralString
+    return InitErrorDetails(type=error, loc=loc, input=value)
+
+
+def _failure(*details: InitErrorDetails) -> ValidationError:
+    return ValidationError.from_exception_data("LoaderConfig", list(details))

@@ -1,0 +1,153 @@
+"""The errors that weightstream raises. This module imports nothing of the package, so every stage may use it.
+
+WeightstreamError
+├── CheckpointError            what is on disk is not a usable checkpoint
+│   ├── MissingShardError      the index names a file that is not there
+│   ├── HeaderError            a safetensors header breaks the format, or the file is shorter or longer than it says
+│   ├── IndexMismatchError     the index and the shards' headers disagree
+│   └── UnsupportedFormatError a format or dtype that cannot be loaded
+├── PlacementError             the checkpoint does not fit the model, or the model does not fit the device
+│   ├── ShapeMismatchError
+│   ├── DtypeMismatchError
+│   ├── MissingKeysError       the model has tensors that the checkpoint lacks
+│   └── UnexpectedKeysError    the checkpoint has tensors that the model lacks
+├── ReadError                  the operating system refused or broke off a read
+├── IntegrityError             the bytes are not the ones that were promised
+├── MemoryBudgetError          the load does not fit into host or device memory
+├── LoadTimeoutError           the load took longer than `scheduler.timeout_s`
+└── LoadCancelledError         somebody else cancelled the load that is being waited for
+
+Configuration mistakes are pydantic's `ValidationError`. Calls that make no sense (a closed `Loader`, an unknown
+module name) are `RuntimeError` and `ValueError`.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "DtypeMismatchError",
+    "HeaderError",
+    "IndexMismatchError",
+    "IntegrityError",
+    "LoadCancelledError",
+    "LoadTimeoutError",
+    "MemoryBudgetError",
+    "MissingKeysError",
+    "MissingShardError",
+    "PlacementError",
+    "ReadError",
+    "ShapeMismatchError",
+    "UnexpectedKeysError",
+    "UnsupportedFormatError",
+    "WeightstreamError",
+]
+
+
+class WeightstreamError(Exception):
+    """Base of every error of this package.
+
+    The parts are attributes, for programs; `str()` puts them into one sentence, for people.
+
+    Args:
+        what: what went wrong, without the parts below.
+        file: the file concerned, as a path.
+        tensor: the tensor concerned, by its name in the checkpoint or in the model.
+        expected: what should have been there, with its unit.
+        actual: what was there, with its unit.
+        hint: what the reader can do about it.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        file: object = None,
+        tensor: str | None = None,
+        expected: object = None,
+        actual: object = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.file = None if file is None else str(file)
+        self.tensor = tensor
+        self.expected = expected
+        self.actual = actual
+        self.hint = hint
+        #: Names of materialised parameters that a failed load had already written to (in-place placement only).
+        self.partly_written: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        where = " in ".join(part for part in (self.tensor, self.file) if part)
+        text = f"{where}: {self.what}" if where else self.what
+        if self.expected is not None:
+            text += f": expected {self.expected}"
+        if self.actual is not None:
+            text += f"{',' if self.expected is not None else ':'} found {self.actual}"
+        if self.hint:
+            text += f". {self.hint}"
+        if self.partly_written:
+            names = ", ".join(self.partly_written[:5])
+            more = len(self.partly_written) - 5
+            text += f" (the model is partly written: {names}{f' and {more} more' if more > 0 else ''})"
+        return text
+
+
+class CheckpointError(WeightstreamError):
+    """Raised when what is on disk is not a usable checkpoint."""
+
+
+class MissingShardError(CheckpointError):
+    """Raised when the index names a shard that does not exist."""
+
+
+class HeaderError(CheckpointError):
+    """Raised when a safetensors header breaks the format or does not match the length of its file."""
+
+
+class IndexMismatchError(CheckpointError):
+    """Raised when the index and the headers of its shards name different tensors."""
+
+
+class UnsupportedFormatError(CheckpointError):
+    """Raised when a checkpoint's format, or the dtype of one of its tensors, cannot be loaded."""
+
+
+class PlacementError(WeightstreamError):
+    """Raised when a checkpoint cannot be placed into a model on the device asked for."""
+
+
+class ShapeMismatchError(PlacementError):
+    """Raised when a tensor has another shape in the checkpoint than in the model."""
+
+
+class DtypeMismatchError(PlacementError):
+    """Raised when a tensor's dtype differs from the model's and no cast is allowed between the two."""
+
+
+class MissingKeysError(PlacementError):
+    """Raised, with `device.strict`, when the model has persistent tensors that the checkpoint lacks."""
+
+
+class UnexpectedKeysError(PlacementError):
+    """Raised, with `device.strict`, when the checkpoint has tensors that the model lacks."""
+
+
+class ReadError(WeightstreamError):
+    """Raised when a read fails for good: the operating system's error, or an end of file that came too early."""
+
+
+class IntegrityError(WeightstreamError):
+    """Raised when a file changed while it was being loaded."""
+
+
+class MemoryBudgetError(WeightstreamError):
+    """Raised when a load would not fit into host memory, into its budget, or into device memory."""
+
+
+class LoadTimeoutError(WeightstreamError):
+    """Raised when a load takes longer than `scheduler.timeout_s`."""
+
+
+class LoadCancelledError(WeightstreamError):
+    """Raised to those who wait for a load that somebody else cancelled."""
