@@ -16,6 +16,7 @@ import ctypes
 import mmap
 import time
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 
@@ -27,6 +28,10 @@ __all__ = ["AcceleratorBackend", "caller_streams", "default_device", "free_bytes
 _PORTABLE = 1
 
 
+#: One fused kernel for many small copies; what `torch.optim` uses, under the only name it has.
+foreach_copy = torch._foreach_copy_  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
+
 def default_device() -> torch.device:
     """Return the machine's accelerator, or the CPU. May start the driver: not for the event loop's thread."""
     if torch.accelerator.is_available():
@@ -36,15 +41,18 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-def caller_streams() -> dict[int, object]:
-    """Return the calling thread's current stream per device index, without starting a driver that is not running.
+def caller_streams() -> dict[torch.device, object]:
+    """Return the calling thread's current stream on every device, without starting a driver that is not running.
 
     Where the driver does not run yet nobody can have chosen a stream, and loads use the device's default one.
     """
     kind = torch.accelerator.current_accelerator()
     if kind is None or not torch.get_device_module(kind).is_initialized():
         return {}
-    return {index: torch.accelerator.current_stream(index) for index in range(torch.accelerator.device_count())}
+    return {
+        torch.device(kind.type, index): torch.accelerator.current_stream(index)
+        for index in range(torch.accelerator.device_count())
+    }
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -85,10 +93,12 @@ class AcceleratorBackend:
         self._copies = torch.Stream(device)
 
     def pin(self, memory: mmap.mmap) -> Callable[[], None] | None:
-        """Page-lock memory in place (cudaHostRegister): torch's own pinned pool rounds sizes up to powers of two and
-        keeps the memory after its user is gone."""
+        """Page-lock memory in place, with cudaHostRegister.
+
+        torch's own pinned pool rounds sizes up to powers of two and keeps the memory after its user is gone.
+        """
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        runtime = torch.cuda.cudart()
+        runtime = cast("Any", torch.cuda.cudart())  # type: ignore[no-untyped-call]  # torch has no types here
         with torch.cuda.device(self.device):
             if int(runtime.cudaHostRegister(address, len(memory), _PORTABLE)) != 0:
                 return None
@@ -116,7 +126,7 @@ class AcceleratorBackend:
             bounce = source.to(self.device, non_blocking=True)  # freed below, for reuse behind it on this stream
             same = [part for part in parts if part.destination.dtype is part.dtype]
             if same:
-                torch._foreach_copy_(
+                foreach_copy(
                     [part.destination.view(torch.uint8) for part in same],
                     [bounce[part.offset : part.offset + part.num_bytes] for part in same],
                 )
@@ -126,7 +136,7 @@ class AcceleratorBackend:
 
     def record(self) -> Event | None:
         if self.device.type == "cuda":
-            event = torch.cuda.Event(blocking=True)
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # nor here
             with self._copies:
                 event.record(torch.cuda.current_stream(self.device))
             return event

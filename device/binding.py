@@ -3,9 +3,11 @@
 Runs on the load's own thread. Everything it changes in the model it notes first, so that `rollback` can undo it.
 """
 
+# pyright: reportPrivateUsage=false
+# `nn.Module` has no public way to set a parameter without a check of its own that takes longer than all the rest.
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import nn
@@ -36,20 +38,25 @@ class Binder:
         """Materialised tensors that hold loaded bytes, or some, by now."""
         return [self._placement.places[index].name for index in sorted(self._stage.touched)] + self._written
 
-    def bind(self, places: Iterable[int]) -> list[str]:
+    def bind(self, places: list[int]) -> list[str]:
         """Place tensors whose bytes are all there; return the names, in the model, that may be used from now on."""
         ready: list[str] = []
+        described = self._placement.places
+        made = [index for index in places if described[index].mode != "fill"]
         for index in places:
-            place = self._placement.places[index]
+            if described[index].mode == "fill":
+                ready.extend(site.name for site in _sites(described[index]))
+        for index, tensor in zip(made, self._stage.take(made), strict=True):
+            place = described[index]
             target = place.target
-            if place.mode == "adopt":
-                assert target is not None
-                self._adopt(target, self._stage.take(index), ready)
-            elif place.mode == "stage":
-                self._staged[place.name] = self._stage.take(index)
-            else:
-                assert target is not None
-                ready.extend(site.name for site in target.sites)
+            if place.mode == "stage":
+                self._staged[place.name] = tensor
+                continue
+            assert target is not None
+            self._adopt(target, tensor)
+            ready.append(target.site.name)
+            if target.ties:
+                ready.extend(tie.name for tie in target.ties)
         return ready
 
     def finish(self) -> list[str]:
@@ -74,22 +81,19 @@ class Binder:
         self._undo.clear()
         self._staged.clear()
 
-    def _adopt(self, target: Target, tensor: torch.Tensor, ready: list[str]) -> None:
+    def _adopt(self, target: Target, tensor: torch.Tensor) -> None:
         old = target.tensor
         site = target.site
         if site.is_parameter:
             new = _make_parameter(type(old), tensor, old.requires_grad)
         else:
             new = tensor.requires_grad_(old.requires_grad) if old.requires_grad else tensor
-        if old.__dict__:
-            new.__dict__.update(old.__dict__)
+        _take_attributes(new, old)
         self._undo.append((site, old))
         self._register(site, new)
-        ready.append(site.name)
         for tie in target.ties:
             self._undo.append((tie, old))
             self._register(tie, new)
-            ready.append(tie.name)
 
     def _register(self, site: Site, tensor: torch.Tensor) -> None:
         """Set a parameter or buffer; through `__setattr__` where the module has one of its own, as nn.LSTM does."""
@@ -110,7 +114,7 @@ class Binder:
             assert place.target is not None
             place.target.tensor.copy_(self._staged.pop(place.name))
             self._written.append(place.name)
-            ready.extend(site.name for site in place.target.sites)
+            ready.extend(site.name for site in _sites(place))
         for first, second in self._placement.doubles:
             self._compare(first, self._staged.pop(second.name), second)
         for subtree in self._placement.subtrees:
@@ -141,7 +145,7 @@ class Binder:
             self._undo.extend((site, target.tensor) for site in target.sites)
         self._written.extend(target.site.name for target in subtree.targets if not target.tensor.is_meta)
         try:
-            result = subtree.module.load_state_dict(state, strict=False, assign=bool(adopted))
+            loaded = subtree.module.load_state_dict(state, strict=False, assign=bool(adopted))
         except Exception as exc:
             raise PlacementError(
                 f"the module {subtree.name or 'itself'} ({type(subtree.module).__qualname__}), which loads itself,"
@@ -149,8 +153,9 @@ class Binder:
                 tensor=subtree.name or None,
             ) from exc
         self._adopt_classes(adopted)
-        missing = [prefix + key for key in result.missing_keys if prefix + key not in self._placement.names]
-        unexpected = [prefix + key for key in result.unexpected_keys]
+        missing_keys, unexpected_keys = cast("tuple[list[str], list[str]]", loaded)
+        missing = [prefix + key for key in missing_keys if prefix + key not in self._placement.names]
+        unexpected = [prefix + key for key in unexpected_keys]
         for keys, kind in ((missing, MissingKeysError), (unexpected, UnexpectedKeysError)):
             if self._strict and keys:
                 raise kind(
@@ -170,10 +175,20 @@ class Binder:
                 continue
             if target.site.is_parameter and type(tensor) is not type(old):
                 tensor = _make_parameter(type(old), tensor.data, old.requires_grad)
-            if old.__dict__:
-                tensor.__dict__.update(old.__dict__)
+            _take_attributes(tensor, old)
             for site in target.sites:
                 self._register(site, tensor)
+
+
+def _take_attributes(new: torch.Tensor, old: torch.Tensor) -> None:
+    attributes = vars(old)
+    if attributes:
+        vars(new).update(attributes)
+
+
+def _sites(place: Place) -> tuple[Site, ...]:
+    assert place.target is not None
+    return place.target.sites
 
 
 def _registered(site: Site) -> torch.Tensor:

@@ -106,6 +106,8 @@ class Layout:
         self.block_of: list[int] = []
         self.offset_of: list[int] = []
         self.members: list[int] = []
+        #: Whether readers write everything to where it belongs, so that no slot is needed.
+        self.slotless = lands and not any(place.mode == "fill" or place.is_cast for place in places)
         shared = -1
         used = 0
         for place in places:
@@ -152,7 +154,10 @@ class Layout:
         Small tensors come first in the slot, as they lie in their block, whatever stands between them in the file:
         each block that the chunk touches then costs one copy. The rest follows, each piece on its own boundary.
         """
-        where, runs, loose, used = self._assign_slot(first, stop, head, num_bytes)
+        where: dict[int, int] = {}
+        runs: list[Run] = []
+        loose: list[Piece] = []
+        used = 0 if self.slotless else self._assign_slot(first, stop, head, num_bytes, where, runs, loose)
         landings: list[Landing] = []
         block, start, end = IN_SLOT, 0, 0
         for place, offset, _, count in self.pieces(first, stop, head, num_bytes):
@@ -169,12 +174,16 @@ class Layout:
         return Transfer(first, stop, head, num_bytes, tuple(landings), tuple(runs), tuple(loose), used)
 
     def _assign_slot(
-        self, first: int, stop: int, head: int, num_bytes: int
-    ) -> tuple[dict[int, int], list[Run], list[Piece], int]:
-        """Return the slot offset of every piece that is read into the slot, the copies, and the bytes used."""
-        where: dict[int, int] = {}
-        runs: list[Run] = []
-        loose: list[Piece] = []
+        self,
+        first: int,
+        stop: int,
+        head: int,
+        num_bytes: int,
+        where: dict[int, int],
+        runs: list[Run],
+        loose: list[Piece],
+    ) -> int:
+        """Note the slot offset of every piece that is read into the slot, and the copies; return the bytes used."""
         large: list[tuple[int, int, int, int]] = []
         used = 0
         run_block, run_from, run_to, run_slot = IN_SLOT, 0, 0, 0
@@ -205,4 +214,4 @@ class Layout:
                 block = self.block_of[place]
                 runs.append(Run(block, offset, used, count, place if block == IN_SLOT else -1))
             used += padded(count)
-        return where, runs, loose, used
+        return used

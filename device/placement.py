@@ -4,6 +4,8 @@ Reads the model and decides; changes nothing. The decisions are carried out by `
 (parameters).
 """
 
+# pyright: reportPrivateUsage=false
+# Hooks, overrides and non-persistence have no public names in `nn.Module`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -12,12 +14,13 @@ from typing import Literal, Protocol
 import msgspec
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from weightstream.device.config import DeviceConfig
 from weightstream.device.dtypes import CASTABLE, destination_dtype, torch_dtype, torch_shape, unsupported
 from weightstream.errors import MissingKeysError, PlacementError, ShapeMismatchError, UnexpectedKeysError
 
-__all__ = ["Mode", "Place", "Placement", "Site", "Stored", "Subtree", "Target", "deliver", "match", "model_device"]
+__all__ = ["Mode", "Place", "Placement", "Site", "Stored", "Subtree", "Target", "deliver", "match"]
 
 #: adopt: the loader makes the storage and the parameter takes it. fill: the parameter has contiguous storage, which is
 #: written to. stage: the loader makes a tensor that somebody else places at the end (module hooks, strided copies,
@@ -52,13 +55,17 @@ class Site(msgspec.Struct, frozen=True, gc=False):
 
 
 class Target(msgspec.Struct, gc=False):
-    """One tensor of the model with all its sites (several, if it is tied). `position`: in order of registration."""
+    """One tensor of the model with all its sites: the first, and the others if it is tied.
+
+    `position` is in order of registration; `place` is what fills it, once that is known.
+    """
 
     tensor: torch.Tensor
     site: Site
     position: int
+    subtree: Subtree | None = None
     ties: tuple[Site, ...] = ()
-    subtree: "Subtree | None" = None
+    place: Place | None = None
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -82,6 +89,12 @@ class Place(msgspec.Struct, frozen=True, gc=False):
         return self.dtype is not self.stored_dtype
 
 
+def _loading_home(kind: type[nn.Module]) -> str:
+    """Return the name of the Python module that a class has its `_load_from_state_dict` from."""
+    owner = next(base for base in kind.__mro__ if "_load_from_state_dict" in vars(base))
+    return owner.__module__
+
+
 class Subtree:
     """A module that loads itself: through hooks, an overridden `_load_from_state_dict`, or extra state."""
 
@@ -89,10 +102,11 @@ class Subtree:
         self.name = name
         self.prefix = f"{name}." if name else ""
         self.module = module
-        loads = type(module)._load_from_state_dict
         #: Whether it takes every tensor in the model's own shape, so that shapes can be checked beforehand: torch's
         #: own modules do (BatchNorm overrides the method for old versions of itself), hooks may reshape anything.
-        self.keeps_shapes = not module._load_state_dict_pre_hooks and loads.__module__.startswith("torch.nn.")
+        self.keeps_shapes = _loading_home(type(module)).startswith("torch.nn.") and not (
+            vars(module)["_load_state_dict_pre_hooks"] or "_load_from_state_dict" in vars(module)
+        )
         self.targets: list[Target] = []
         self.places: list[Place] = []
 
@@ -125,32 +139,6 @@ class Placement:
         self.unexpected_keys: list[str] = []
 
 
-def model_device(model: nn.Module, config: DeviceConfig, default: torch.device) -> torch.device:
-    """Return the one device a load into `model` uses: that of its materialised parameters, else `default`.
-
-    Raises:
-        PlacementError: materialised parameters lie on several devices, or not on the target that was asked for.
-    """
-    device: torch.device | None = None
-    for name, parameter in model.named_parameters():
-        if parameter.device.type == "meta":
-            continue
-        if config.target != "auto" and parameter.device != default:
-            raise PlacementError(
-                "the parameter already has storage on another device than the target",
-                tensor=name,
-                expected=str(default),
-                actual=str(parameter.device),
-                hint="Move the model, or set device.target to auto",
-            )
-        if device is not None and device != parameter.device:
-            raise PlacementError(
-                "the model's parameters lie on several devices", tensor=name, expected=device, actual=parameter.device
-            )
-        device = parameter.device
-    return device or default
-
-
 def deliver(stored: Iterable[Stored], config: DeviceConfig, device: torch.device) -> Placement:
     """Decide for a load without a model: every tensor is staged, for a consumer.
 
@@ -168,7 +156,7 @@ def deliver(stored: Iterable[Stored], config: DeviceConfig, device: torch.device
     return placement
 
 
-def match(model: nn.Module, stored: Mapping[str, Stored], config: DeviceConfig, device: torch.device) -> Placement:
+def match(model: nn.Module, stored: Mapping[str, Stored], config: DeviceConfig, default: torch.device) -> Placement:
     """Decide for every tensor of a checkpoint, or fail before anything has changed.
 
     Names, shapes, dtypes and devices are compared; all names that shared one tensor go on sharing one.
@@ -176,40 +164,44 @@ def match(model: nn.Module, stored: Mapping[str, Stored], config: DeviceConfig, 
     Args:
         model: on meta, materialised, or partly so.
         stored: the checkpoint's tensors by name.
-        config: `dtype` and `strict` are used.
-        device: from `model_device`.
+        config: `dtype`, `strict` and `target` are used.
+        default: the device for a model that has no storage yet; materialised parameters decide for themselves.
 
     Raises:
         MissingKeysError, UnexpectedKeysError: with `strict`, for names on one side alone.
         ShapeMismatchError, DtypeMismatchError: for the first tensor that does not fit.
-        PlacementError: a tensor of a kind that cannot be loaded, or a buffer on meta that is in no checkpoint.
+        PlacementError: a tensor of a kind that cannot be loaded, a buffer on meta that is in no checkpoint, or
+            parameters on several devices or on another than the target.
         UnsupportedFormatError: torch lacks a dtype.
     """
-    placement = Placement(device)
+    placement = Placement(default)
     targets = _walk(model, placement)
-    filled: set[int] = set()
+    placement.device = device = _common_device(targets, config, default)
+    places, names = placement.places, placement.names
     for name, spec in stored.items():
         target = targets.get(name)
         subtree = target.subtree if target is not None else _enclosing(placement.subtrees, name)
-        if target is None and subtree is None:
+        if subtree is not None:
+            place = _subtree_place(spec, target, subtree, config)
+            subtree.places.append(place)
+            names[name] = place
+        elif target is None:
             placement.unexpected_keys.append(name)
             continue
-        place = _place(spec, target, subtree, config, double=target is not None and id(target) in filled)
-        placement.places.append(place)
-        if subtree is not None:
-            subtree.places.append(place)
-        elif target is not None and id(target) in filled:
-            placement.doubles.append((placement.names[target.site.name], place))
-        elif place.mode == "stage":
-            placement.strided.append(place)
-        if target is None:
-            placement.names[name] = place
-        elif id(target) not in filled:
-            filled.add(id(target))
-            for site in target.sites:
-                placement.names[site.name] = place
+        else:
+            place = _place(spec, target, config, device)
+            if target.place is not None:
+                placement.doubles.append((target.place, place))
+            elif place.mode == "stage":
+                placement.strided.append(place)
+        places.append(place)
+        if target is not None and target.place is None:
+            target.place = place
+            names[target.site.name] = place
+            for tie in target.ties:
+                names[tie.name] = place
     placement.missing_keys = [
-        name for name, target in targets.items() if id(target) not in filled and target.subtree is None
+        name for name, target in targets.items() if target.place is None and target.subtree is None
     ]
     if config.strict:
         _check_keys(placement)
@@ -217,48 +209,78 @@ def match(model: nn.Module, stored: Mapping[str, Stored], config: DeviceConfig, 
 
 
 def _walk(model: nn.Module, placement: Placement) -> dict[str, Target]:
-    """Return every persistent tensor by each of its names, in order of registration; note the subtrees."""
+    """Return every persistent tensor by each of its names, in order of registration; note modules and subtrees."""
     targets: dict[str, Target] = {}
     by_id: dict[int, Target] = {}
-    stack: list[tuple[str, str, nn.Module, Subtree | None]] = [("", "", model, None)]
+    loads_itself = _SelfLoading()
+    stack: list[tuple[str, nn.Module, Subtree | None]] = [("", model, None)]
     while stack:
-        name, prefix, module, subtree = stack.pop()
-        placement.module_names.append(name)
-        if subtree is None and _loads_itself(module):
-            subtree = Subtree(name, module)
+        prefix, module, subtree = stack.pop()
+        placement.module_names.append(prefix[:-1])
+        state = module.__dict__  # plain look-ups: a model has tens of thousands of modules
+        if subtree is None and loads_itself(type(module), state):
+            subtree = Subtree(prefix[:-1], module)
             placement.subtrees.append(subtree)
-        for is_parameter, tensors in ((True, module._parameters), (False, module._buffers)):
-            for key, tensor in tensors.items():
+        for is_parameter, tensors in ((True, state["_parameters"]), (False, state["_buffers"])):
+            for key, tensor in tensors.items() if tensors else ():
+                name = prefix + key
                 if tensor is None:
                     continue
-                full_name = prefix + key
-                if not is_parameter and key in module._non_persistent_buffers_set:
-                    _check_own_buffer(full_name, tensor)
+                if not is_parameter and key in state["_non_persistent_buffers_set"]:
+                    _check_own_buffer(name, tensor)
                     continue
-                site = Site(full_name, module, key, is_parameter)
                 target = by_id.get(id(tensor))
+                site = Site(name, module, key, is_parameter)
                 if target is None:
-                    target = by_id[id(tensor)] = Target(tensor, site, len(by_id), (), subtree)
+                    target = by_id[id(tensor)] = Target(tensor, site, len(by_id), subtree)
                     if subtree is not None:
                         subtree.targets.append(target)
                 else:
                     target.ties = (*target.ties, site)
-                targets[full_name] = target
-        for key, child in reversed(module._modules.items()):
+                targets[name] = target
+        for key, child in reversed(state["_modules"].items()) if state["_modules"] else ():
             if child is not None:
-                stack.append((prefix + key, f"{prefix}{key}.", child, subtree))
+                stack.append((f"{prefix}{key}.", child, subtree))
     return targets
 
 
-def _loads_itself(module: nn.Module) -> bool:
-    kind = type(module)
-    return bool(
-        module._load_state_dict_pre_hooks
-        or module._load_state_dict_post_hooks
-        or kind._load_from_state_dict is not nn.Module._load_from_state_dict
-        or kind.set_extra_state is not nn.Module.set_extra_state
-        or "_load_from_state_dict" in module.__dict__
-    )
+def _common_device(targets: Mapping[str, Target], config: DeviceConfig, default: torch.device) -> torch.device:
+    """Return the device of the parameters that have storage, else the default. Buffers are copied to where they are."""
+    device: torch.device | None = None
+    for name, target in targets.items():
+        if target.tensor.is_meta or not target.site.is_parameter:
+            continue
+        found = target.tensor.device
+        if device is None and (config.target == "auto" or found == default):
+            device = found
+        elif found != device:
+            raise PlacementError(
+                "the parameter already has storage, on another device than the rest of the load",
+                tensor=name,
+                expected=str(device or default),
+                actual=str(found),
+                hint="Move the model to one device, or set device.target to auto",
+            )
+    return device or default
+
+
+class _SelfLoading:
+    """Tells which modules load themselves; remembers what depends on their class alone."""
+
+    def __init__(self) -> None:
+        self._by_kind: dict[type[nn.Module], bool] = {}
+
+    def __call__(self, kind: type[nn.Module], state: Mapping[str, object]) -> bool:
+        overrides = self._by_kind.get(kind)
+        if overrides is None:
+            overrides = self._by_kind[kind] = (
+                _loading_home(kind) != nn.Module.__module__ or kind.set_extra_state is not nn.Module.set_extra_state
+            )
+        return overrides or bool(
+            state["_load_state_dict_pre_hooks"]
+            or state["_load_state_dict_post_hooks"]
+            or "_load_from_state_dict" in state
+        )
 
 
 def _check_own_buffer(name: str, buffer: torch.Tensor) -> None:
@@ -274,36 +296,60 @@ def _enclosing(subtrees: list[Subtree], name: str) -> Subtree | None:
     return next((subtree for subtree in subtrees if name.startswith(subtree.prefix)), None) if subtrees else None
 
 
-def _place(
-    spec: Stored, target: Target | None, subtree: Subtree | None, config: DeviceConfig, *, double: bool
-) -> Place:
-    dtype = _stored_dtype(spec)
-    shape = torch_shape(spec.dtype, spec.shape)
-    if subtree is not None:
-        wanted = dtype
-        if target is not None and subtree.keeps_shapes:
-            _check_shape(target.tensor, shape, spec.name)
-        if target is not None and target.tensor.dtype in CASTABLE and dtype in CASTABLE:
-            on_meta = target.tensor.device.type == "meta"
-            wanted = destination_dtype(dtype, target.tensor.dtype, config, on_meta=on_meta, tensor=spec.name)
-        position = subtree.targets[0].position if subtree.targets else 0
-        return Place(spec.name, spec.num_bytes, dtype, wanted, shape, "stage", position, target)
-    assert target is not None
-    tensor = target.tensor
-    _check_kind(tensor, spec.name)
-    _check_shape(tensor, shape, spec.name)
-    on_meta = tensor.is_meta
-    declared = tensor.dtype
-    if dtype is declared and (config.dtype == "model" or not on_meta):
-        wanted = declared
-    else:
+def _place(spec: Stored, target: Target, config: DeviceConfig, device: torch.device) -> Place:
+    tensor, shape = target.tensor, spec.shape
+    kind, declared, on_meta = type(tensor), tensor.dtype, tensor.is_meta
+    dtype = torch_dtype(spec.dtype)
+    if dtype is None:
+        raise unsupported(spec.dtype, spec.name)
+    if spec.dtype == "F4":
+        shape = torch_shape(spec.dtype, shape)
+    if kind is not nn.Parameter and kind is not torch.Tensor:
+        _check_kind(tensor, spec.name)
+    if tensor.shape != shape:
+        _check_shape(tensor, shape, spec.name)
+    wanted = declared
+    if dtype is not declared or (on_meta and config.dtype != "model"):
         wanted = destination_dtype(dtype, declared, config, on_meta=on_meta, tensor=spec.name)
     mode: Mode = "adopt"
-    if double or not (on_meta or tensor.is_contiguous()):
+    if target.place is not None:
         mode = "stage"
     elif not on_meta:
-        mode = "fill"
+        mode = "fill" if tensor.is_contiguous() and tensor.device == device else "stage"
     return Place(spec.name, spec.num_bytes, dtype, wanted, shape, mode, target.position, target)
+
+
+def _subtree_place(spec: Stored, target: Target | None, subtree: Subtree, config: DeviceConfig) -> Place:
+    dtype = _stored_dtype(spec)
+    shape = torch_shape(spec.dtype, spec.shape)
+    wanted = dtype
+    if target is not None:
+        if subtree.keeps_shapes:
+            _check_shape(target.tensor, shape, spec.name)
+        if target.tensor.dtype in CASTABLE and dtype in CASTABLE:
+            on_meta = target.tensor.device.type == "meta"
+            wanted = destination_dtype(dtype, target.tensor.dtype, config, on_meta=on_meta, tensor=spec.name)
+    position = subtree.targets[0].position if subtree.targets else 0
+    return Place(spec.name, spec.num_bytes, dtype, wanted, shape, "stage", position, target)
+
+
+def _check_kind(tensor: torch.Tensor, name: str) -> None:
+    """Refuse tensors whose storage is not plain memory; subclasses that only add attributes or methods are fine."""
+    kind = type(tensor)
+    if is_lazy(tensor):
+        raise PlacementError(
+            "the parameter has no shape yet (a lazy module)", tensor=name, hint="Run the module once before loading"
+        )
+    if _dispatch_of(kind) is not _dispatch_of(torch.Tensor):
+        raise PlacementError(
+            f"the parameter is a tensor subclass with a storage of its own kind ({kind.__module__}.{kind.__qualname__})",
+            tensor=name,
+            hint="Load the plain tensor first and wrap or quantise it afterwards",
+        )
+
+
+def _dispatch_of(kind: type[torch.Tensor]) -> object:
+    return getattr(kind, "__torch_dispatch__", None)
 
 
 def _check_shape(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> None:
@@ -321,22 +367,6 @@ def _stored_dtype(spec: Stored) -> torch.dtype:
     if dtype is None:
         raise unsupported(spec.dtype, spec.name)
     return dtype
-
-
-def _check_kind(tensor: torch.Tensor, name: str) -> None:
-    kind = type(tensor)
-    if kind is nn.Parameter or kind is torch.Tensor:
-        return
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
-        raise PlacementError(
-            "the parameter has no shape yet (a lazy module)", tensor=name, hint="Run the module once before loading"
-        )
-    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        raise PlacementError(
-            f"the parameter is a tensor subclass with a storage of its own kind ({kind.__module__}.{kind.__qualname__})",
-            tensor=name,
-            hint="Load the plain tensor first and wrap or quantise it afterwards",
-        )
 
 
 def _check_keys(placement: Placement) -> None:

@@ -8,7 +8,7 @@ was filled, `take` for each tensor whose bytes are all there, `close`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -29,9 +29,7 @@ class DeviceStage:
         on_block: told the size of every block that is made (positive) and let go (negative).
     """
 
-    def __init__(
-        self, backend: Backend, layout: Layout, *, stream: object, on_block: Callable[[int], None]
-    ) -> None:
+    def __init__(self, backend: Backend, layout: Layout, *, stream: object, on_block: Callable[[int], None]) -> None:
         self.num_copies = 0
         #: Places of materialised parameters that a copy has been submitted into.
         self.touched: set[int] = set()
@@ -87,31 +85,32 @@ class DeviceStage:
             self._spread(source, group)
         return self._backend.record()
 
-    def take(self, place: int) -> torch.Tensor:
-        """Return a finished tensor, in its final dtype and shape, and let go of its block if it was the last in it.
+    def take(self, places: Iterable[int]) -> list[torch.Tensor]:
+        """Return finished tensors, in their final dtype and shape, and let go of blocks of which these were the last.
 
-        The tensor is a view whose version counter is its own: views of one block that shared a counter would make an
+        Each tensor is a view whose version counter is its own: views of one block that shared a counter would make an
         in-place change of one parameter look, to autograd, like a change of its neighbours.
         """
-        described = self._layout.places[place]
-        block_index = self._layout.block_of[place]
-        shape = described.shape
-        if block_index == IN_SLOT:
-            assert described.num_bytes == 0
-            return torch.empty(shape, dtype=described.dtype, device=self._backend.device)
-        key = (block_index, described.dtype)
-        typed = self._typed.get(key)
-        if typed is None:
-            typed = self._typed[key] = self._block(block_index).view(described.dtype)
-        strides = self._strides.get(shape)
-        if strides is None:
-            strides = self._strides[shape] = _contiguous_strides(shape)
-        offset = self._layout.offset_of[place] // described.dtype.itemsize
-        tensor = typed.as_strided(shape, strides, offset).data
-        self._members[block_index] -= 1
-        if self._members[block_index] == 0:
-            self._drop(block_index)
-        return tensor
+        described, block_of, offset_of = self._layout.places, self._layout.block_of, self._layout.offset_of
+        typed, strides_of, members = self._typed, self._strides, self._members
+        taken: list[torch.Tensor] = []
+        for index in places:
+            place, block = described[index], block_of[index]
+            shape, dtype = place.shape, place.dtype
+            if block == IN_SLOT:
+                taken.append(torch.empty(shape, dtype=dtype, device=self._backend.device))
+                continue
+            elements = typed.get((block, dtype))
+            if elements is None:
+                elements = typed[block, dtype] = self._block(block).view(dtype)
+            strides = strides_of.get(shape)
+            if strides is None:
+                strides = strides_of[shape] = _contiguous_strides(shape)
+            taken.append(elements.as_strided(shape, strides, offset_of[index] // dtype.itemsize).data)
+            members[block] -= 1
+            if not members[block]:
+                self._drop(block)
+        return taken
 
     def run(self, action: Callable[[], None]) -> None:
         """Call `action` with the user's stream current, and return when its work on the device is done."""
@@ -140,9 +139,7 @@ class DeviceStage:
     def _copy(
         self, destination: torch.Tensor, offset: int, source: torch.Tensor, source_offset: int, num_bytes: int
     ) -> None:
-        self._backend.copy(
-            destination[offset : offset + num_bytes], source[source_offset : source_offset + num_bytes]
-        )
+        self._backend.copy(destination[offset : offset + num_bytes], source[source_offset : source_offset + num_bytes])
         self.num_copies += 1
 
     def _spread(self, source: torch.Tensor, pieces: list[Piece]) -> None:

@@ -17,14 +17,13 @@ import msgspec
 
 from weightstream.errors import (
     CheckpointError,
-    HeaderError,
     IndexMismatchError,
     IntegrityError,
     MissingShardError,
     ReadError,
     UnsupportedFormatError,
 )
-from weightstream.prefetch.header import TensorSpec, read_header, unique_mapping
+from weightstream.prefetch.header import TensorSpec, parse_string_mapping, read_header
 
 __all__ = ["Checkpoint", "Shard", "find_checkpoint", "open_checkpoint"]
 
@@ -80,7 +79,7 @@ class Checkpoint:
                     raise IntegrityError(
                         "the file changed while it was being loaded",
                         file=shard.path,
-                        expected="(device, inode, bytes, mtime in ns) {}".format(shard.identity),
+                        expected=f"(device, inode, bytes, mtime in ns) {shard.identity}",
                         actual=str(identity),
                         hint="Load again once nothing writes to the checkpoint",
                     )
@@ -170,9 +169,10 @@ def open_checkpoint(path: str | os.PathLike[str], *, allow_outside_links: bool =
             shard = _open_shard(root, name, found, allow_outside_links=allow_outside_links or weight_map is None)
             shards.append(shard)
             for spec in read_header(shard.fd, shard.num_bytes, file=str(shard.path), shard=number):
-                if weight_map is not None and weight_map.get(spec.name) != name:
-                    strangers.append(f"{spec.name} (in {name}; index: {weight_map.get(spec.name, 'not listed')})")
-                tensors[spec.name] = spec
+                tensor = spec.name
+                if weight_map is not None and weight_map.get(tensor) != name:
+                    strangers.append(f"{tensor} (in {name}; index: {weight_map.get(tensor, 'not listed')})")
+                tensors[tensor] = spec
         if weight_map is not None:
             _check_index(found, weight_map, tensors, strangers)
     except BaseException:
@@ -193,9 +193,7 @@ def _read_index(path: Path) -> dict[str, str]:
     except OSError as exc:
         raise ReadError(f"cannot read the index: {exc.strerror}", file=path, actual=f"errno {exc.errno}") from exc
     try:
-        weight_map_text = msgspec.json.decode(raw, type=_Index).weight_map
-        unique_mapping(weight_map_text, quotes_per_value=2)
-        weight_map = msgspec.json.decode(weight_map_text, type=dict[str, str])
+        weight_map = parse_string_mapping(msgspec.json.decode(raw, type=_Index).weight_map)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as exc:
         raise CheckpointError(
             f"the index is not valid: {exc}", file=path, expected='a JSON object with a "weight_map" of strings'

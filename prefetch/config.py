@@ -4,21 +4,35 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    WithJsonSchema,
+    model_validator,
+)
 
 from weightstream.prefetch.ring import slot_bytes_for
 
 __all__ = ["PrefetchConfig", "Size"]
 
+_parse_size = TypeAdapter(ByteSize).validate_python
+
 #: A number of bytes: an integer, or a string with a unit (`512MiB`, `1GB`).
 Size = Annotated[
-    ByteSize,
-    WithJsonSchema({
-        "anyOf": [
-            {"type": "integer", "minimum": 0},
-            {"type": "string", "pattern": r"^\s*\d*\.?\d+\s*([kKmMgGtT]?[iI]?[bB]?)?\s*$"},
-        ]
-    }),
+    int,
+    BeforeValidator(_parse_size),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 0},
+                {"type": "string", "pattern": r"^\s*\d*\.?\d+\s*([kKmMgGtT]?[iI]?[bB]?)?\s*$"},
+            ]
+        }
+    ),
 ]
 
 
@@ -32,13 +46,13 @@ class PrefetchConfig(BaseModel):
         description="Reader threads. `auto`: as many as there are usable cores, at least 2 and at most 8.",
     )
     chunk: Size = Field(
-        default=ByteSize(16 * 2**20),
+        default=16 * 2**20,
         ge=64 * 2**10,
         le=2**30,
         description="Bytes that one read fills, and one slot of the ring holds: 64KiB to 1GiB, a multiple of 4KiB.",
     )
     host_memory: Size = Field(
-        default=ByteSize(2**30),
+        default=2**30,
         description="Ceiling, in bytes, for the host memory that a Loader stages with: its ring of slots and the "
         "tensors that `stream()` has not delivered yet. Weights whose own place is host memory are not counted.",
     )
@@ -63,11 +77,11 @@ class PrefetchConfig(BaseModel):
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
         if self.chunk % 4096:
-            raise ValueError(f"chunk must be a multiple of 4KiB, found {int(self.chunk)} bytes")
+            raise ValueError(f"chunk must be a multiple of 4KiB, found {self.chunk} bytes")
         need = 2 * slot_bytes_for(self.chunk)
         if self.host_memory < need:
             raise ValueError(
-                f"host_memory must hold two slots of one chunk each ({need} bytes), found {int(self.host_memory)}"
+                f"host_memory must hold two slots of one chunk each ({need} bytes), found {self.host_memory}"
                 " bytes: raise host_memory or lower chunk"
             )
         return self

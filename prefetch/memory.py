@@ -10,7 +10,7 @@ import mmap
 import os
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -30,10 +30,8 @@ def allocate(num_bytes: int) -> mmap.mmap:
     """
     block = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with suppress(OSError):  # a kernel without transparent huge pages: ordinary pages do
             block.madvise(mmap.MADV_HUGEPAGE)  # sets a flag on the mapping; touches no page, so it is quick
-        except OSError:  # a kernel without transparent huge pages: ordinary pages do
-            pass
     return block
 
 
@@ -120,7 +118,9 @@ def available_bytes(*, cgroup: Path = _CGROUP) -> int:
             if limit == "max":
                 continue
             usage = int((cgroup / usage_file).read_text())
-            stat = dict(line.split() for line in (cgroup / usage_file).with_name("memory.stat").read_text().splitlines())
+            stat = dict(
+                line.split() for line in (cgroup / usage_file).with_name("memory.stat").read_text().splitlines()
+            )
             available = min(available, int(limit) - usage + int(stat.get(cache_key, 0)))
         except (OSError, ValueError):
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import TracebackType
 from typing import Protocol
 
 __all__ = ["Condition", "ReadQueue", "ReaderPool", "Thread"]
@@ -12,7 +13,9 @@ class Condition(Protocol):
     """The part of `threading.Condition` that this package uses; tests bring one that runs in virtual time."""
 
     def __enter__(self) -> bool: ...
-    def __exit__(self, *args: object) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
     def wait(self, timeout: float | None = None) -> bool: ...
     def notify_all(self) -> None: ...
 

@@ -93,7 +93,9 @@ class FileSource:
         position = wanted.begin
         first = 0
         while position < wanted.end:
-            count = self._preadv(wanted.shard, self._shards[wanted.shard].fd, rest[first : first + _MAX_BUFFERS], position)
+            count = self._preadv(
+                wanted.shard, self._shards[wanted.shard].fd, rest[first : first + _MAX_BUFFERS], position
+            )
             if count == 0:
                 raise self._truncated(wanted, position)
             position += count

@@ -111,10 +111,9 @@ class Engine:
         target = self.config.device.target
         if target == "auto":
             return default_device()
-        device = torch.device(target)
-        if device.type not in ("cpu", "meta") and device.index is None:
-            device = torch.device(device.type, torch.accelerator.current_device_index())
-        return device
+        if ":" in target or target in ("cpu", "meta"):
+            return torch.device(target)
+        return torch.device(target, torch.accelerator.current_device_index())
 
     def backend(self, device: torch.device) -> Backend:
         """Return the one backend for a device."""

@@ -246,9 +246,9 @@ class Flow:
             self._condition.notify_all()
         for slot in unused:
             self._ring.release(slot)
-        for slot in stuck:
-            if slot is not None:
-                self._ring.write_off(slot)
+        for held in stuck:
+            if held is not None:
+                self._ring.write_off(held)
         if self._reclaimer is not None:
             self._reclaimer.join()
         return len(stuck)

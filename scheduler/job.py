@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 
@@ -51,7 +51,7 @@ class Job:
         path: the checkpoint.
         sink: where the tensors go.
         reason: why the strategy is what it is, for the report.
-        streams: the caller's current stream per device index.
+        streams: the caller's current stream on each device.
 
     Attributes:
         started: resolves when the preflight has passed, or with its error.
@@ -66,7 +66,7 @@ class Job:
         sink: Sink,
         *,
         reason: str,
-        streams: Mapping[int, object],
+        streams: Mapping[torch.device, object],
     ) -> None:
         self.started: Future[None] = Future()
         self.finished: Future[LoadReport] = Future()
@@ -169,12 +169,11 @@ class Job:
             engine.prepare_memory(plan, backend, direct=source.direct, on_fallback=self.fall_back)
             blocks = _BlockAccount(engine, backend, delivered=sink.delivers)
             stack.callback(blocks.close)
-            stream = self._streams.get(-1 if backend.device.index is None else backend.device.index)
+            stream = self._streams.get(backend.device)
             stage = DeviceStage(backend, plan.layout, stream=stream, on_block=blocks.change)
             stack.callback(stage.close)
             flow = self._flow = Flow(plan, source, stage, engine.ring, engine.clock, self._ledger, sink.admit)
-            if self._stop is not None:  # asked before there was a flow to stop
-                raise self._stop
+            self._check_stop()  # asked before there was a flow to stop
             sink.open(prepared, stage)
             self.started.set_result(None)
             try:
@@ -226,6 +225,10 @@ class Job:
             if isinstance(error, WeightstreamError):
                 error.partly_written = written
             logger.warning("the model is partly written: %d of its tensors had storage and were changed", len(written))
+
+    def _check_stop(self) -> None:
+        if self._stop is not None:
+            raise self._stop
 
     def _pause(self, seconds: float) -> bool:
         flow = self._flow

@@ -11,6 +11,7 @@ from typing import Self
 
 import anyio
 from anyio.abc import TaskGroup
+import torch
 from torch import nn
 
 from weightstream.device.accelerator import caller_streams
@@ -30,7 +31,7 @@ Path = str | os.PathLike[str]
 _REASON = "the bounded pipeline is the only strategy so far"
 
 
-def make_job(engine: Engine, path: Path | None, sink: Sink, streams: Mapping[int, object]) -> Job:
+def make_job(engine: Engine, path: Path | None, sink: Sink, streams: Mapping[torch.device, object]) -> Job:
     """Make a job for the checkpoint at `path`, or for the one that the configuration names.
 
     Raises:

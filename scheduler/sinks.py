@@ -14,7 +14,7 @@ from torch import nn
 from weightstream.device.backend import Backend
 from weightstream.device.binding import Binder
 from weightstream.device.layout import IN_SLOT
-from weightstream.device.placement import Placement, deliver, match, model_device
+from weightstream.device.placement import Placement, deliver, match
 from weightstream.device.stage import DeviceStage
 from weightstream.errors import MemoryBudgetError
 from weightstream.prefetch.checkpoint import Checkpoint
@@ -88,9 +88,8 @@ class ModelSink:
     def prepare(self, checkpoint: Checkpoint, *, direct: bool) -> Prepared:
         assert self._model is not None
         config = self._engine.config
-        device = model_device(self._model, config.device, self._engine.default_device())
-        backend = self._engine.backend(device)
-        placement = match(self._model, checkpoint.tensors, config.device, device)
+        placement = match(self._model, checkpoint.tensors, config.device, self._engine.default_device())
+        backend = self._engine.backend(placement.device)
         specs = [checkpoint.tensors[place.name] for place in placement.places]
         plan = make_plan(
             specs,
@@ -228,7 +227,10 @@ class ConsumerSink:
         assert self._stage is not None
         described = self._prepared.placement.places
         block_of = self._prepared.plan.layout.block_of
-        taken = [(described[place].name, self._stage.take(place), block_of[place]) for place in places]
+        tensors = self._stage.take(places)
+        taken = [
+            (described[place].name, tensor, block_of[place]) for place, tensor in zip(places, tensors, strict=True)
+        ]
         with self._lock:
             self._ready.extend(taken)
         self._notify()

@@ -7,7 +7,6 @@ first used. Code that starts loads on an event loop should use them once before 
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
-        return version("weightstream")
+        return import_module("importlib.metadata").version("weightstream")  # takes as long as all the rest of --help
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value: object = getattr(import_module(_HOMES.get(name, "weightstream.errors")), name)

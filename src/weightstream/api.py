@@ -22,7 +22,7 @@ Path = str | os.PathLike[str]
 
 
 class Loader(scheduler.Loader):
-    __doc__ = scheduler.Loader.__doc__
+    """A `scheduler.loader.Loader` whose configuration, if none is given, comes from defaults and the environment."""
 
     def __init__(self, config: LoaderConfig | None = None, *, machine: Machine | None = None) -> None:
         super().__init__(config or LoaderConfig(), machine=machine)

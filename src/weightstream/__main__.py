@@ -1,0 +1,7 @@
+"""`python -m weightstream`."""
+
+from __future__ import annotations
+
+from weightstream.cli import main
+
+main()

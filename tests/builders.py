@@ -1,0 +1,197 @@
+"""Checkpoints for tests, good ones and broken ones, as real files; and what a process holds while they are loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from weightstream.prefetch.header import DTYPE_BITS
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+#: torch's dtypes as the format names them.
+FORMAT_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.complex64: "C64",
+}
+
+#: A user without rights, on any Linux.
+NOBODY = 65534
+
+
+# Files
+
+
+def entry(dtype: str, shape: Sequence[int], begin: int, end: int) -> dict[str, object]:
+    """One entry of a header."""
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+def raw_file(header: bytes | str | Mapping[str, object], data: bytes = b"", *, length: int | None = None) -> bytes:
+    """The bytes of a safetensors file with any header at all; `length` is what its first 8 bytes say instead."""
+    if isinstance(header, Mapping):
+        header = json.dumps(header)
+    text = header.encode() if isinstance(header, str) else header
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """A file as the safetensors package writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], name: str = INDEX) -> Path:
+    path = folder / name
+    path.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
+    return path
+
+
+def shard_name(number: int, num_shards: int) -> str:
+    return f"model-{number + 1:05d}-of-{num_shards:05d}.safetensors"
+
+
+def write_checkpoint(folder: Path, tensors: Mapping[str, torch.Tensor], *, num_shards: int = 1) -> Path:
+    """A folder with one file, or with several and their index; each shard gets the next few tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if num_shards == 1:
+        write_shard(folder / SINGLE, tensors)
+        return folder
+    names = list(tensors)
+    weight_map: dict[str, str] = {}
+    for number in range(num_shards):
+        part = names[number * len(names) // num_shards : (number + 1) * len(names) // num_shards]
+        file = shard_name(number, num_shards)
+        write_shard(folder / file, {name: tensors[name] for name in part})
+        weight_map |= dict.fromkeys(part, file)
+    write_index(folder, weight_map)
+    return folder
+
+
+def write_sparse(path: Path, tensors: Iterable[tuple[str, str, Sequence[int]]]) -> Path:
+    """A file of zeros that takes no room on the disk: (name, dtype, shape) of its tensors, in order."""
+    header: dict[str, object] = {}
+    position = 0
+    for name, dtype, shape in tensors:
+        size = DTYPE_BITS[dtype] // 8
+        for n in shape:
+            size *= n
+        header[name] = entry(dtype, shape, position, position + size)
+        position += size
+    raw = raw_file(header)
+    path.write_bytes(raw)
+    os.truncate(path, len(raw) + position)
+    return path
+
+
+def write_in_order(folder: Path, tensors: Mapping[str, torch.Tensor], *, num_shards: int = 1) -> Path:
+    """As `write_checkpoint`, but tensors lie in the order given, one behind the other, aligned to nothing.
+
+    The safetensors package sorts them; the format asks for neither that nor for alignment. Tied tensors are allowed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weight_map: dict[str, str] = {}
+    items = list(tensors.items())
+    for number in range(num_shards):
+        file = SINGLE if num_shards == 1 else shard_name(number, num_shards)
+        header: dict[str, object] = {}
+        parts: list[bytes] = []
+        position = 0
+        for name, tensor in items[number * len(items) // num_shards : (number + 1) * len(items) // num_shards]:
+            part = bytes_of(tensor)
+            header[name] = entry(FORMAT_NAMES[tensor.dtype], tensor.shape, position, position + len(part))
+            parts.append(part)
+            position += len(part)
+            weight_map[name] = file
+        (folder / file).write_bytes(raw_file(header, b"".join(parts)))
+    if num_shards > 1:
+        write_index(folder, weight_map)
+    return folder
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """A tensor's bytes, in the order of its elements."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Check shape, dtype and every byte."""
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert bytes_of(found) == bytes_of(expected)
+
+
+def random_tensors(
+    shapes: Mapping[str, Sequence[int]], dtype: torch.dtype = torch.float32, *, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(*shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+# What a process holds
+
+
+def open_files() -> dict[str, str]:
+    """This process's descriptors, and what each is of. The one that lists them is left out: it is closed by then."""
+    found: dict[str, str] = {}
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def leaves_nothing() -> Generator[None, None, None]:
+    """Check that what is done inside leaves no descriptor and none of our threads."""
+    before = open_files()
+    yield
+    assert open_files() == before
+    for thread in threading.enumerate():
+        if thread.name.startswith("weightstream"):
+            thread.join(5)  # it may be at its last instructions
+            assert not thread.is_alive(), f"{thread.name} still runs"
+
+
+@contextmanager
+def unreadable(path: Path) -> Generator[None, None, None]:
+    """Make a file or folder unreadable while the context lasts; root, who reads everything, is nobody meanwhile."""
+    mode = path.stat().st_mode
+    path.chmod(0)
+    is_root = os.geteuid() == 0
+    opened = [(parent, parent.stat().st_mode) for parent in path.parents] if is_root else []
+    opened = [(parent, mode) for parent, mode in opened if not mode & 0o001]
+    try:
+        for parent, parent_mode in opened:
+            if not parent.is_relative_to("/tmp") and parent.stat().st_uid != 0:  # noqa: S108
+                pytest.skip(f"cannot let nobody into {parent}")
+            parent.chmod(parent_mode | 0o001)
+        if is_root:
+            os.seteuid(NOBODY)
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        for parent, parent_mode in opened:
+            parent.chmod(parent_mode)
+        path.chmod(mode)

@@ -1,0 +1,87 @@
+"""A machine for one test: which of the fakes it is made of, and the loads that run on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from weightstream.api import Loader
+from weightstream.config import LoaderConfig
+from weightstream.device.backend import Backend
+from weightstream.prefetch.ring import slot_bytes_for
+from weightstream.scheduler import engine
+from weightstream.scheduler.clock import Clock
+from tests.fakes.accelerator import FakeAccelerator
+from tests.fakes.clock import VirtualClock
+from tests.fakes.ring import PoisonedRing
+from tests.fakes.source import Disk
+
+__all__ = ["KIB", "Rig"]
+
+KIB = 1024
+
+DeviceKind = Literal["host", "fake"]
+
+
+class Rig:
+    """Put together from a virtual clock, a disk, a poisoned ring, and the real host or a fake accelerator.
+
+    Args:
+        device: `host`: the real backend of host memory. `fake`: an accelerator.
+        io: layout of the chunks; see `Disk`.
+        read_bytes_per_s, copy_bytes_per_s: speeds in virtual time.
+        clock: None: a new `VirtualClock`.
+        accelerator: makes the fake.
+    """
+
+    def __init__(
+        self,
+        device: DeviceKind = "fake",
+        *,
+        io: Literal["buffered", "direct"] = "buffered",
+        read_bytes_per_s: float | None = None,
+        copy_bytes_per_s: float | None = None,
+        clock: Clock | None = None,
+        accelerator: Callable[..., FakeAccelerator] = FakeAccelerator,
+    ) -> None:
+        self.device = device
+        self.io = io
+        self.clock = clock or VirtualClock()
+        self.disk = Disk(self.clock, bytes_per_s=read_bytes_per_s, io=io)
+        self.accelerator = accelerator(self.clock, bytes_per_s=copy_bytes_per_s)
+        self.machine = engine.Machine(
+            clock=self.clock, open_source=self.disk.open, open_backend=self._open_backend, ring=PoisonedRing
+        )
+
+    def loader(
+        self,
+        *,
+        chunk: int = 64 * KIB,
+        num_slots: int | None = None,
+        workers: int = 2,
+        host_memory: int | None = None,
+        scheduler: dict[str, Any] | None = None,
+        **device: Any,
+    ) -> Loader:
+        """Make a loader. `num_slots`: the ring has room for no more; `device`: settings of that section."""
+        if num_slots is not None:
+            host_memory = num_slots * slot_bytes_for(chunk)
+        prefetch: dict[str, Any] = {"workers": workers, "chunk": chunk, "host_memory": host_memory or 2**30}
+        sections: dict[str, Any] = {
+            "prefetch": prefetch,
+            "scheduler": scheduler or {},
+            "device": {"target": "cpu", **device},
+        }
+        return Loader(LoaderConfig(**sections), machine=self.machine)
+
+    def close(self) -> None:
+        """End the fake, and fail if a slot was reused too early."""
+        self.accelerator.close()
+        assert self.accelerator.hazards == []
+
+    def _open_backend(self, device: torch.device) -> Backend:
+        if self.device == "host" or device.type == "meta":
+            return engine.open_backend(device)
+        return self.accelerator

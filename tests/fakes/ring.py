@@ -1,0 +1,20 @@
+"""A ring that makes a slot's bytes wrong the moment it is given back."""
+
+from __future__ import annotations
+
+import torch
+
+from weightstream.prefetch.ring import Ring, Slot
+
+__all__ = ["STALE", "PoisonedRing"]
+
+#: What a released slot holds.
+STALE = 0xDB
+
+
+class PoisonedRing(Ring):
+    """Overwrites every slot before it is free again, so that whoever still reads from it gets wrong bytes."""
+
+    def release(self, slot: Slot) -> None:
+        torch.frombuffer(slot.view, dtype=torch.uint8).fill_(STALE)
+        super().release(slot)
