@@ -90,6 +90,7 @@ class Layout:
         lands: whether readers may write to blocks themselves (blocks in host memory).
         own_bytes: tensors of this size or more have a block of their own.
         block_bytes: size of the blocks that smaller tensors share.
+        share_across_large: whether small tensors before and after a large one may share a block.
 
     Attributes:
         blocks: the size of each block.
@@ -98,7 +99,9 @@ class Layout:
         members: block -> how many places lie in it.
     """
 
-    def __init__(self, places: list[Place], *, lands: bool, own_bytes: int, block_bytes: int) -> None:
+    def __init__(
+        self, places: list[Place], *, lands: bool, own_bytes: int, block_bytes: int, share_across_large: bool = True
+    ) -> None:
         self.places = places
         self.lands = lands
         self.own_bytes = own_bytes
@@ -123,6 +126,8 @@ class Layout:
                 self.offset_of.append(0)
                 self.blocks.append(padded(num_bytes))
                 self.members.append(1)
+                if not share_across_large:
+                    shared = -1
                 continue
             if shared < 0 or used + num_bytes > block_bytes:
                 shared, used = len(self.blocks), 0

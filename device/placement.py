@@ -55,17 +55,19 @@ class Site(msgspec.Struct, frozen=True, gc=False):
 
 
 class Target(msgspec.Struct, gc=False):
-    """One tensor of the model with all its sites: the first, and the others if it is tied.
+    """One tensor of the model with all its sites: the first, and the others if it is tied. `declared` is its dtype.
 
-    `position` is in order of registration; `place` is what fills it, once that is known.
+    `position` is in order of registration; `filled_by` is the index of the place that fills it (-1: none so far; the
+    place refers to the target already, and objects that the collector does not see must not form a cycle).
     """
 
     tensor: torch.Tensor
+    declared: torch.dtype
     site: Site
     position: int
     subtree: Subtree | None = None
     ties: tuple[Site, ...] = ()
-    place: Place | None = None
+    filled_by: int = -1
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -73,7 +75,10 @@ class Target(msgspec.Struct, gc=False):
 
 
 class Place(msgspec.Struct, frozen=True, gc=False):
-    """What becomes of one tensor of the checkpoint. `num_bytes` are those stored, `stored_dtype` theirs."""
+    """What becomes of one tensor of the checkpoint.
+
+    `num_bytes` and `stored_dtype` are the file's; `dtype` is what it will have in the model.
+    """
 
     name: str
     num_bytes: int
@@ -120,10 +125,12 @@ class Placement:
         subtrees: modules that load themselves, in order of registration.
         doubles: pairs of places that hold the same tied tensor and must be equal; the second is staged.
         strided: staged places that are copied into a target without contiguous storage.
-        names: names in the model -> the place that fills them.
+        names: in the model, of all tensors that the places fill.
         module_names: every module of the model.
         loaded_themselves: filled in by `binding`: which subtrees loaded themselves.
         missing_keys, unexpected_keys: names on one side alone, as torch names them; `binding` adds those of subtrees.
+        own_buffers: the model's buffers that are not persistent: it computes them itself.
+        computed: names of the checkpoint that are left out, because they are among `own_buffers`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -132,11 +139,13 @@ class Placement:
         self.subtrees: list[Subtree] = []
         self.doubles: list[tuple[Place, Place]] = []
         self.strided: list[Place] = []
-        self.names: dict[str, Place] = {}
+        self.names: list[str] = []
         self.module_names: list[str] = []
         self.loaded_themselves: list[str] = []
         self.missing_keys: list[str] = []
         self.unexpected_keys: list[str] = []
+        self.own_buffers: set[str] = set()
+        self.computed: list[str] = []
 
 
 def deliver(stored: Iterable[Stored], config: DeviceConfig, device: torch.device) -> Placement:
@@ -184,24 +193,25 @@ def match(model: nn.Module, stored: Mapping[str, Stored], config: DeviceConfig, 
         if subtree is not None:
             place = _subtree_place(spec, target, subtree, config)
             subtree.places.append(place)
-            names[name] = place
+            names.append(name)
         elif target is None:
-            placement.unexpected_keys.append(name)
+            # Checkpoints of older versions hold what is computed by now: position numbers, rotary tables.
+            (placement.computed if name in placement.own_buffers else placement.unexpected_keys).append(name)
             continue
         else:
             place = _place(spec, target, config, device)
-            if target.place is not None:
-                placement.doubles.append((target.place, place))
+            if target.filled_by >= 0:
+                placement.doubles.append((places[target.filled_by], place))
             elif place.mode == "stage":
                 placement.strided.append(place)
+        if target is not None and target.filled_by < 0:
+            target.filled_by = len(places)
+            names.append(target.site.name)
+            if target.ties:
+                names.extend(tie.name for tie in target.ties)
         places.append(place)
-        if target is not None and target.place is None:
-            target.place = place
-            names[target.site.name] = place
-            for tie in target.ties:
-                names[tie.name] = place
     placement.missing_keys = [
-        name for name, target in targets.items() if target.place is None and target.subtree is None
+        name for name, target in targets.items() if target.filled_by < 0 and target.subtree is None
     ]
     if config.strict:
         _check_keys(placement)
@@ -228,11 +238,12 @@ def _walk(model: nn.Module, placement: Placement) -> dict[str, Target]:
                     continue
                 if not is_parameter and key in state["_non_persistent_buffers_set"]:
                     _check_own_buffer(name, tensor)
+                    placement.own_buffers.add(name)
                     continue
                 target = by_id.get(id(tensor))
                 site = Site(name, module, key, is_parameter)
                 if target is None:
-                    target = by_id[id(tensor)] = Target(tensor, site, len(by_id), subtree)
+                    target = by_id[id(tensor)] = Target(tensor, tensor.dtype, site, len(by_id), subtree)
                     if subtree is not None:
                         subtree.targets.append(target)
                 else:
@@ -298,7 +309,7 @@ def _enclosing(subtrees: list[Subtree], name: str) -> Subtree | None:
 
 def _place(spec: Stored, target: Target, config: DeviceConfig, device: torch.device) -> Place:
     tensor, shape = target.tensor, spec.shape
-    kind, declared, on_meta = type(tensor), tensor.dtype, tensor.is_meta
+    kind, declared, on_meta = type(tensor), target.declared, tensor.is_meta
     dtype = torch_dtype(spec.dtype)
     if dtype is None:
         raise unsupported(spec.dtype, spec.name)
@@ -312,7 +323,7 @@ def _place(spec: Stored, target: Target, config: DeviceConfig, device: torch.dev
     if dtype is not declared or (on_meta and config.dtype != "model"):
         wanted = destination_dtype(dtype, declared, config, on_meta=on_meta, tensor=spec.name)
     mode: Mode = "adopt"
-    if target.place is not None:
+    if target.filled_by >= 0:
         mode = "stage"
     elif not on_meta:
         mode = "fill" if tensor.is_contiguous() and tensor.device == device else "stage"

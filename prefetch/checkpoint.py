@@ -23,7 +23,7 @@ from weightstream.errors import (
     ReadError,
     UnsupportedFormatError,
 )
-from weightstream.prefetch.header import TensorSpec, parse_string_mapping, read_header
+from weightstream.prefetch.header import TensorSpec, check_unique, parse_string_mapping, read_header
 
 __all__ = ["Checkpoint", "Shard", "find_checkpoint", "open_checkpoint"]
 
@@ -105,11 +105,17 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: nothing there, nothing loadable in it, or several that are not one checkpoint.
         UnsupportedFormatError: there are weights, but not in safetensors files.
+        ReadError: the operating system refused a look at it.
     """
     given = Path(path)
-    if not given.exists():
-        raise CheckpointError("no such file or folder", file=given)
-    if not given.is_dir():
+    try:
+        is_folder = stat.S_ISDIR(os.stat(given).st_mode)
+        names = sorted(os.listdir(given)) if is_folder else []
+    except (FileNotFoundError, NotADirectoryError, ValueError) as exc:  # ValueError: a path with a NUL
+        raise CheckpointError("no such file or folder", file=given) from exc
+    except OSError as exc:
+        raise ReadError(f"cannot look for it: {exc.strerror}", file=given, actual=f"errno {exc.errno}") from exc
+    if not is_folder:
         if given.name.endswith((".safetensors", ".index.json")) and not given.name.endswith(".bin.index.json"):
             return given
         raise UnsupportedFormatError(
@@ -118,7 +124,6 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
             expected="a folder, *.index.json or *.safetensors",
             hint="Convert other formats to safetensors first",
         )
-    names = sorted(os.listdir(given))
     if not names:
         raise CheckpointError("the folder is empty", file=given, expected=f"{_INDEX_NAME} or a .safetensors file")
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
@@ -154,6 +159,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, allow_outside_links: bool =
         MissingShardError: a shard of the index does not exist.
         HeaderError: a header breaks the format, or a file is truncated.
         IndexMismatchError: index and headers disagree.
+        IntegrityError: a file was replaced while it was being opened.
         UnsupportedFormatError: not safetensors, or an unknown dtype.
         ReadError: the operating system refused to open or read a file.
     """
@@ -189,11 +195,15 @@ class _Index(msgspec.Struct, gc=False):
 def _read_index(path: Path) -> dict[str, str]:
     """Return the index's `weight_map`: the name of each tensor's shard."""
     try:
-        raw = path.read_bytes()
+        fd, _ = _open_regular(path, path)
+        with os.fdopen(fd, "rb") as file:
+            raw = file.read()
     except OSError as exc:
         raise ReadError(f"cannot read the index: {exc.strerror}", file=path, actual=f"errno {exc.errno}") from exc
     try:
         weight_map = parse_string_mapping(msgspec.json.decode(raw, type=_Index).weight_map)
+        if b"\\" in raw or raw.count(b'"weight_map"') != 1:  # a decoder keeps the last of two, and says nothing
+            check_unique(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as exc:
         raise CheckpointError(
             f"the index is not valid: {exc}", file=path, expected='a JSON object with a "weight_map" of strings'
@@ -240,21 +250,30 @@ def _open_shard(root: Path, name: str, listed_in: Path, *, allow_outside_links: 
             hint="Set prefetch.allow_outside_links if you trust it",
         )
     try:
-        before = os.stat(resolved)
-        if not stat.S_ISREG(before.st_mode):
-            raise CheckpointError("the shard is not a regular file", file=path, actual=stat.filemode(before.st_mode))
-        fd = os.open(resolved, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        fd, opened = _open_regular(path, resolved)
     except FileNotFoundError as exc:
         raise MissingShardError(
             "the shard does not exist", file=path, hint=f"{listed_in.name} names it: fetch it again"
         ) from exc
+    return Shard(path, fd, opened.st_size, _identity(opened))
+
+
+def _open_regular(path: Path, resolved: Path) -> tuple[int, os.stat_result]:
+    """Open a regular file, and nothing else; `path` is its name in messages. Whether it exists is the caller's care."""
+    try:
+        before = os.stat(resolved)
+        if not stat.S_ISREG(before.st_mode):
+            raise CheckpointError("not a regular file", file=path, actual=stat.filemode(before.st_mode))
+        fd = os.open(resolved, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except FileNotFoundError:
+        raise
     except OSError as exc:
-        raise ReadError(f"cannot open the shard: {exc.strerror}", file=path, actual=f"errno {exc.errno}") from exc
+        raise ReadError(f"cannot open the file: {exc.strerror}", file=path, actual=f"errno {exc.errno}") from exc
     opened = os.fstat(fd)
     if _identity(opened) != _identity(before):
         os.close(fd)
         raise IntegrityError("the file was replaced while it was being opened", file=path)
-    return Shard(path, fd, opened.st_size, _identity(opened))
+    return fd, opened
 
 
 def _is_hub_blob(root: Path, resolved: Path) -> bool:

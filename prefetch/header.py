@@ -10,13 +10,22 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from weightstream.errors import HeaderError, ReadError, UnsupportedFormatError
 
-__all__ = ["DTYPE_BITS", "MAX_HEADER_BYTES", "TensorSpec", "parse_header", "parse_string_mapping", "read_header"]
+__all__ = [
+    "DTYPE_BITS",
+    "MAX_HEADER_BYTES",
+    "TensorSpec",
+    "check_unique",
+    "parse_header",
+    "parse_string_mapping",
+    "read_header",
+]
 
 #: The format's own limit on the length of a header.
 MAX_HEADER_BYTES = 100_000_000
@@ -70,11 +79,11 @@ class TensorSpec(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Entry(msgspec.Struct, frozen=True, gc=False):
-    """An entry of a header; all fields are None in what is not an entry but the header's metadata."""
+    """An entry of a header. The defaults, which no entry can have, show that a field is missing."""
 
-    dtype: str | None = None
-    shape: tuple[int, ...] | None = None
-    data_offsets: tuple[int, int] | None = None
+    dtype: str = ""
+    shape: tuple[int, ...] = (-1,)
+    data_offsets: tuple[int, int] = (-1, -1)
 
 
 class _StrictEntry(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
@@ -161,24 +170,25 @@ def parse_header(raw: bytes, *, file: str, shard: int) -> list[TensorSpec]:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as exc:
         raise HeaderError(f"the header is not valid: {exc}", file=file) from exc
     data_begin = 8 + len(raw)
-    sizes: dict[tuple[str, tuple[int, ...]], int] = {}
+    known: dict[tuple[str, tuple[int, ...]], tuple[int, tuple[int, ...]]] = {}
     specs: list[TensorSpec] = []
     append = specs.append
     for name, entry in entries.items():
-        dtype, shape, (begin, end) = entry.dtype, entry.shape, entry.data_offsets  # type: ignore[misc]  # all are set
-        kind = (dtype, shape)
-        size = sizes.get(kind)  # type: ignore[arg-type]
-        if size is None:
-            size = sizes[kind] = _size_bytes(dtype, shape, file, name)  # type: ignore[index, arg-type]
+        dtype, shape = entry.dtype, entry.shape
+        begin, end = entry.data_offsets
+        found = known.get((dtype, shape))
+        if found is None:
+            found = known[dtype, shape] = (_size_bytes(dtype, shape, file, name), shape)
+        size, shape = found  # one tuple for all tensors of a shape: tuples are work for the garbage collector
         if begin < 0 or end - begin != size:
             raise HeaderError(
-                f"data_offsets [{begin}, {end}] do not fit dtype {dtype} and shape {list(shape or ())[:8]}",
+                f"data_offsets [{begin}, {end}] do not fit dtype {dtype} and shape {list(shape)[:8]}",
                 file=file,
                 tensor=name,
                 expected=f"{size} bytes",
                 actual=f"{end - begin} bytes",
             )
-        append(TensorSpec(name, dtype, shape, shard, data_begin + begin, data_begin + end))  # type: ignore[arg-type]
+        append(TensorSpec(name, dtype, shape, shard, data_begin + begin, data_begin + end))
     specs.sort(key=lambda spec: (spec.begin, spec.end))
     _check_tiling(specs, data_begin, file)
     return specs
@@ -194,8 +204,17 @@ def parse_string_mapping(raw: bytes | msgspec.Raw) -> dict[str, str]:
     strings = _decode_strings(raw)
     text = bytes(raw)
     if b"\\" in text or text.count(b'"') != 4 * len(strings):
-        _check_unique(text)
+        check_unique(text)
     return strings
+
+
+def check_unique(raw: bytes, *, parse_int: Callable[[str], int] = int) -> None:
+    """Parse JSON once more, slowly, to see that no object in it has a key twice.
+
+    Raises:
+        ValueError: one has, or this is not strict JSON.
+    """
+    json.loads(raw, object_pairs_hook=_refuse_doubles, parse_int=parse_int, parse_constant=_refuse_constant)
 
 
 def _decode_header(raw: bytes) -> dict[str, _Entry]:
@@ -217,23 +236,17 @@ def _decode_header(raw: bytes) -> dict[str, _Entry]:
         quotes = 2 + bytes(metadata).count(b'"')
     if b"\\" in raw or raw.count(b'"') != quotes + _QUOTES_PER_ENTRY * len(entries) or _has_minus_zero(raw):
         return _decode_slowly(raw)
-    if any(entry.dtype is None or entry.shape is None or entry.data_offsets is None for entry in entries.values()):
-        return _decode_slowly(raw)
     return entries
 
 
 def _decode_slowly(raw: bytes) -> dict[str, _Entry]:
-    _check_unique(raw)
+    check_unique(raw, parse_int=_parse_int)
     fields = _decode_fields(raw)
     metadata = fields.pop("__metadata__", None)
     if metadata is not None:
         _decode_strings(metadata)
     strict = {name: _decode_strict(field) for name, field in fields.items()}
     return {name: _Entry(entry.dtype, entry.shape, entry.data_offsets) for name, entry in strict.items()}
-
-
-def _check_unique(text: bytes) -> None:
-    json.loads(text, object_pairs_hook=_refuse_doubles, parse_int=_parse_int, parse_constant=_refuse_constant)
 
 
 def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class ReaderPool:
             self._condition.notify_all()
 
     def replace_stuck(self, num_threads: int) -> None:
-        """Start threads in place of ones that hang in the kernel; those end by themselves if they ever return."""
+        """Start threads in place of ones that hang in the kernel. Should those return, they are readers again, too."""
         with self._condition:
             for _ in range(num_threads):
                 self._add_thread()

@@ -123,7 +123,13 @@ class Engine:
             return self._backends[device]
 
     def prepare_memory(
-        self, plan: LoadPlan, backend: Backend, *, direct: bool, on_fallback: Callable[[str], None]
+        self,
+        plan: LoadPlan,
+        backend: Backend,
+        *,
+        direct: bool,
+        delivers: bool,
+        on_fallback: Callable[[str], None],
     ) -> None:
         """Make sure that a plan fits into memory, and that the ring has slots for it.
 
@@ -140,6 +146,10 @@ class Engine:
         num_slots = sum(1 for chunk in plan.chunks if direct or chunk.transfer.slot_bytes)
         if not num_slots:
             return
+        if delivers and backend.lands:  # blocks that wait for their consumer need the other half of the budget
+            left_bytes = self.budget.left_bytes
+            room_bytes = left_bytes - max(left_bytes // 2, max(plan.layout.blocks))
+            num_slots = min(num_slots, max(1, room_bytes // self.ring.slot_bytes))
         segments = self.ring.grow(num_slots)
         if self.ring.statistics().num_slots == self.ring.statistics().num_written_off:
             raise MemoryBudgetError(

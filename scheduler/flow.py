@@ -73,6 +73,7 @@ class Flow:
         self._unplaced = len(plan.chunks)
         self._reads: dict[int, Slot | None] = {}
         self._filled: deque[Filled] = deque()
+        self._unused: list[Slot] = []
         self._copies: deque[tuple[Filled, Event]] = deque()
         self._placed: list[Chunk] = []
         self._error: BaseException | None = None
@@ -127,9 +128,9 @@ class Flow:
                 else:
                     self._filled.append(Filled(chunk, slot, shift))
             self._ledger.change(reading=-1, filled=1 if useful and slot is not None else 0)
+            if slot is not None and not useful:
+                self._unused.append(slot)  # `drain` gives it back: who has waited for that finds every slot free
             self._condition.notify_all()
-        if slot is not None and not useful:
-            self._ring.release(slot)
 
     # The load's own thread.
 
@@ -239,7 +240,8 @@ class Flow:
             self._ledger.change(reading=-len(stuck))
             while self._copies:
                 self._condition.wait()
-            unused = [filled.slot for filled in self._filled]
+            unused = [*self._unused, *(filled.slot for filled in self._filled)]
+            self._unused.clear()
             self._filled.clear()
             self._ledger.change(filled=-self._ledger.filled)
             self._drained = True

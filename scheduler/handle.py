@@ -15,7 +15,7 @@ from weightstream.scheduler.job import Job
 from weightstream.scheduler.report import LoadReport, Progress
 from weightstream.scheduler.sinks import ConsumerSink
 
-__all__ = ["LoadHandle", "TensorStream", "settle", "stop_and_settle"]
+__all__ = ["LoadHandle", "TensorStream", "outlast", "settle", "stop_and_settle"]
 
 T = TypeVar("T")
 
@@ -31,12 +31,22 @@ async def settle(future: Future[T]) -> T:
     return await asyncio.wrap_future(future)
 
 
+async def outlast(future: Future[T], *, timeout_s: float | None = None) -> None:
+    """Wait until a future of another thread is done, or for so long, and leave its result and its error alone."""
+    waiter = asyncio.wrap_future(future)
+    try:
+        await asyncio.wait([waiter], timeout=timeout_s)
+    finally:
+        if not waiter.cancel():  # asyncio logs an error that nobody has looked at
+            waiter.exception()
+
+
 async def stop_and_settle(job: Job) -> None:
     """Stop a job and wait until it has cleaned up, whatever happens to the waiting task meanwhile."""
     job.stop()
     with anyio.CancelScope(shield=True):
         while not job.finished.done():
-            await asyncio.wait([asyncio.wrap_future(job.finished)], timeout=_PREFLIGHT_GRACE_S)
+            await outlast(job.finished, timeout_s=_PREFLIGHT_GRACE_S)
             if job.progress().state == "preflight":
                 return  # hanging in a file system, with nothing changed: its thread ends by itself
     if job.finished.done():
@@ -97,7 +107,7 @@ class LoadHandle:
                 yield progress
             if over:
                 return
-            await asyncio.wait([asyncio.wrap_future(self._job.finished)], timeout=_EVENT_INTERVAL_S)
+            await outlast(self._job.finished, timeout_s=_EVENT_INTERVAL_S)
 
 
 class TensorStream:

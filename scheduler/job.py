@@ -166,7 +166,9 @@ class Job:
                 self.readiness.expect(prepared.placement.names, prepared.placement.module_names)
             plan, backend = prepared.plan, prepared.backend
             self._total_bytes = plan.num_bytes
-            engine.prepare_memory(plan, backend, direct=source.direct, on_fallback=self.fall_back)
+            engine.prepare_memory(
+                plan, backend, direct=source.direct, delivers=sink.delivers, on_fallback=self.fall_back
+            )
             blocks = _BlockAccount(engine, backend, delivered=sink.delivers)
             stack.callback(blocks.close)
             stream = self._streams.get(backend.device)
@@ -193,7 +195,8 @@ class Job:
         """Submit what is filled and place what is copied, until everything is placed; leave nothing at work."""
         timeout_s = self._engine.config.scheduler.timeout_s
         deadline = None if timeout_s is None else self._begin + timeout_s
-        parts = dict(plan.parts)
+        # Places without bytes are taken below, and not once more with the chunk around them.
+        parts = {**plan.parts, **dict.fromkeys(plan.empty, 0)}
         self._state = "loading"
         readers = self._engine.readers
         try:
@@ -243,10 +246,11 @@ class Job:
         placement, backend, plan = prepared
         wall_s = self._ledger.wall_s
         pinned_bytes = self._engine.ring.statistics().pinned_bytes if backend.pinnable else 0
-        own = placement.loaded_themselves
+        own, computed = placement.loaded_themselves, placement.computed
         if own:
-            names = ", ".join(own[:5]) + (f" and {len(own) - 5} more" if len(own) > 5 else "")
-            self._fallbacks.append(f"{len(own)} modules were loaded through hooks of their own: {names}")
+            self._fallbacks.append(f"{len(own)} modules were loaded through hooks of their own: {_some(own)}")
+        if computed:
+            self._fallbacks.append(f"left out, because the model computes it itself: {_some(computed)}")
         return LoadReport(
             checkpoint=str(checkpoint.path),
             strategy="stream",
@@ -321,3 +325,7 @@ def _dtypes(places: list[Place]) -> str:
     for place in places:
         totals[place.dtype] = totals.get(place.dtype, 0) + place.num_bytes
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(totals, key=lambda one: -totals[one]))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

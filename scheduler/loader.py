@@ -17,7 +17,7 @@ from torch import nn
 from weightstream.device.accelerator import caller_streams
 from weightstream.scheduler.config import Settings
 from weightstream.scheduler.engine import Engine, Machine
-from weightstream.scheduler.handle import LoadHandle, TensorStream, settle, stop_and_settle
+from weightstream.scheduler.handle import LoadHandle, TensorStream, outlast, settle, stop_and_settle
 from weightstream.scheduler.job import Job
 from weightstream.scheduler.report import LoadReport
 from weightstream.scheduler.sinks import ConsumerSink, ModelSink, NowhereSink, Sink
@@ -114,6 +114,10 @@ class Loader:
         """Read a checkpoint into the page cache and nowhere else. Errors and cancellation as in `load`."""
         return await self._complete(await self._begin(NowhereSink(self._open_engine()), path))
 
+    async def start_warm(self, path: Path | None = None) -> LoadHandle:
+        """Start what `warm` does; return once the preflight has passed. Errors and cancellation as in `start`."""
+        return LoadHandle(await self._begin(NowhereSink(self._open_engine()), path))
+
     def stream(self, path: Path | None = None) -> TensorStream:
         """Read a checkpoint tensor by tensor, without a model, in the order of its files.
 
@@ -171,6 +175,6 @@ class Loader:
     async def _attend(self, job: Job) -> None:
         """Wait for one load; stop it when the loader is closed. Its error belongs to its handle, not to its siblings."""
         try:
-            await asyncio.wait([asyncio.wrap_future(job.finished)])
+            await outlast(job.finished)
         finally:
             await stop_and_settle(job)

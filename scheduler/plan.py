@@ -81,10 +81,12 @@ def make_plan(
         own_bytes: tensors of this size or more get a block of their own.
         block_bytes: size of the blocks that smaller ones share.
         order: of the chunks; by `Place.position` of the earliest tensor in each, or as they lie in the files.
-        isolate_large: never put a large tensor and another into one chunk (a consumer that takes tensors one by one
-            could otherwise wait for a chunk that waits for it).
+        isolate_large: never put a large tensor and another into one chunk, nor tensors on either side of it into one
+            block (a consumer that takes tensors one by one could otherwise wait for a chunk that waits for it).
     """
-    layout = Layout(places, lands=lands, own_bytes=own_bytes, block_bytes=block_bytes)
+    layout = Layout(
+        places, lands=lands, own_bytes=own_bytes, block_bytes=block_bytes, share_across_large=not isolate_large
+    )
     cutter = _Cutter(specs, layout, chunk_bytes, isolate_large=isolate_large)
     cuts = list(cutter.cut())
     parts: dict[int, int] = {}

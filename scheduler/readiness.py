@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 
 __all__ = ["Readiness"]
@@ -15,8 +14,8 @@ class Readiness:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._names: list[str] = []
-        self._modules: frozenset[str] = frozenset()
+        self._names: Sequence[str] = ()
+        self._modules: Sequence[str] = ()
         self._pending: set[str] = set()
         self._num_names = 0
         self._missing: dict[Future[None], int] = {}
@@ -32,13 +31,15 @@ class Readiness:
     def num_names(self) -> int:
         return self._num_names
 
-    def expect(self, names: Iterable[str], modules: Iterable[str]) -> None:
-        """Set, once, the names of the tensors that will become ready, and of all modules of the model."""
+    def expect(self, names: Sequence[str], modules: Sequence[str]) -> None:
+        """Set, once, the names of the tensors that will become ready, and of all modules of the model.
+
+        They are kept as they are: an order or an index that few will ask for would take longer than the asking.
+        """
         with self._lock:
             self._pending = set(names)
-            self._names = sorted(self._pending)
-            self._num_names = len(self._names)
-            self._modules = frozenset(modules)
+            self._names, self._modules = names, modules
+            self._num_names = len(names)
 
     def mark(self, names: Iterable[str]) -> None:
         """Say that these tensors hold their final values, and that the host has seen their last copy complete."""
@@ -79,12 +80,13 @@ class Readiness:
         future: Future[None] = Future()
         future.set_running_or_notify_cancel()  # so that a waiter that is cancelled cannot cancel it for the others
         with self._lock:
-            if name not in self._modules and not self._has(name):
+            below = self._below(name)
+            if not below and name not in self._modules:
                 raise ValueError(f"the model has no module and the load no tensor named {name!r}")
             if self._error is not None:
                 future.set_exception(self._error)
                 return future
-            missing = [] if self._ended else [one for one in self._below(name) if one in self._pending]
+            missing = [] if self._ended else [one for one in below if one in self._pending]
             if missing:
                 self._missing[future] = len(missing)
                 for one in missing:
@@ -93,14 +95,6 @@ class Readiness:
         future.set_result(None)
         return future
 
-    def _has(self, name: str) -> bool:
-        index = bisect_left(self._names, name)
-        return index < len(self._names) and self._names[index] == name
-
     def _below(self, name: str) -> list[str]:
-        if not name:
-            return self._names
-        if name not in self._modules:
-            return [name]
-        first = bisect_left(self._names, f"{name}.")
-        return self._names[first : bisect_left(self._names, f"{name}/")]  # "/" is the character after "."
+        prefix = f"{name}." if name else ""
+        return [one for one in self._names if one.startswith(prefix) or one == name]

@@ -160,7 +160,8 @@ class ConsumerSink:
     """Hands tensors to a consumer, one by one, and lets readers get only so far ahead of it.
 
     Blocks that have been asked for and not yet been delivered are kept below a window. In host memory the window is
-    what the budget has left, and is taken from it; on a device it is as many bytes of device memory.
+    what the budget has left, and is taken from it; on a device it is as many bytes of device memory. What the consumer
+    needs next is always admitted, or it would wait for ever.
     """
 
     delivers = True
@@ -174,6 +175,10 @@ class ConsumerSink:
         self._error: BaseException | None = None
         self._window_bytes = 0
         self._taken_bytes = 0
+        #: Finished ahead of one that lies before them, by place: reads overtake each other.
+        self._finished: dict[int, tuple[str, torch.Tensor, int]] = {}
+        self._num_ordered = 0
+        self._num_delivered = 0
         self._outstanding: dict[int, int] = {}
         self._admitted: set[int] = set()
         self._held_bytes = 0
@@ -214,7 +219,8 @@ class ConsumerSink:
         with self._lock:
             new = blocks - self._admitted
             needed = sum(layout.blocks[block] for block in new)
-            if self._held_bytes and self._held_bytes + needed > self._window_bytes:
+            is_next = transfer.first <= self._num_delivered  # the consumer has everything that comes before
+            if new and not is_next and self._held_bytes + needed > self._window_bytes:
                 return False
             self._admitted |= new
             self._held_bytes += needed
@@ -228,11 +234,12 @@ class ConsumerSink:
         described = self._prepared.placement.places
         block_of = self._prepared.plan.layout.block_of
         tensors = self._stage.take(places)
-        taken = [
-            (described[place].name, tensor, block_of[place]) for place, tensor in zip(places, tensors, strict=True)
-        ]
+        for place, tensor in zip(places, tensors, strict=True):
+            self._finished[place] = described[place].name, tensor, block_of[place]
         with self._lock:
-            self._ready.extend(taken)
+            while (item := self._finished.pop(self._num_ordered, None)) is not None:
+                self._num_ordered += 1
+                self._ready.append(item)
         self._notify()
         return []
 
@@ -240,6 +247,7 @@ class ConsumerSink:
         return []
 
     def rollback(self) -> tuple[str, ...]:
+        self._finished.clear()
         with self._lock:
             self._ready.clear()
         return ()
@@ -261,7 +269,10 @@ class ConsumerSink:
             if not self._ready:
                 return None
             name, tensor, block = self._ready.popleft()
-        self._delivered(block)
+            self._num_delivered += 1
+            has_room = self._let_go(block) or not self._ready
+        if has_room:
+            self._engine.readers.wake()
         return name, tensor
 
     @property
@@ -290,16 +301,17 @@ class ConsumerSink:
         if waiter is not None:
             waiter.set_result(None)
 
-    def _delivered(self, block: int) -> None:
-        if block == IN_SLOT or self._prepared is None:
-            return
-        with self._lock:
-            self._outstanding[block] -= 1
-            if self._outstanding[block]:
-                return
-            del self._outstanding[block]
-            self._held_bytes -= self._prepared.plan.layout.blocks[block]
-        self._engine.readers.wake()
+    def _let_go(self, block: int) -> bool:
+        """Count a tensor as delivered; return whether it was the last of its block. The lock is held."""
+        if block == IN_SLOT:
+            return False
+        assert self._prepared is not None
+        self._outstanding[block] -= 1
+        if self._outstanding[block]:
+            return False
+        del self._outstanding[block]
+        self._held_bytes -= self._prepared.plan.layout.blocks[block]
+        return True
 
 
 def _prepare_delivery(engine: Engine, checkpoint: Checkpoint, device: torch.device) -> Prepared:

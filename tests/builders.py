@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import threading
@@ -9,7 +10,6 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -33,9 +33,6 @@ FORMAT_NAMES = {
     torch.int64: "I64",
     torch.complex64: "C64",
 }
-
-#: A user without rights, on any Linux.
-NOBODY = 65534
 
 
 # Files
@@ -144,7 +141,7 @@ def random_tensors(
     shapes: Mapping[str, Sequence[int]], dtype: torch.dtype = torch.float32, *, seed: int = 0
 ) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.rand(*shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    return {name: torch.rand(tuple(shape), generator=generator).to(dtype) for name, shape in shapes.items()}
 
 
 # What a process holds
@@ -155,7 +152,7 @@ def open_files() -> dict[str, str]:
     found: dict[str, str] = {}
     for fd in os.listdir("/proc/self/fd"):
         try:
-            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
+            found[fd] = str(Path(f"/proc/self/fd/{fd}").readlink())
         except FileNotFoundError:
             continue
     return found
@@ -175,23 +172,28 @@ def leaves_nothing() -> Generator[None, None, None]:
 
 @contextmanager
 def unreadable(path: Path) -> Generator[None, None, None]:
-    """Make a file or folder unreadable while the context lasts; root, who reads everything, is nobody meanwhile."""
+    """Make a file or folder of ours unreadable while the context lasts, also for root, and threads started in it."""
     mode = path.stat().st_mode
     path.chmod(0)
-    is_root = os.geteuid() == 0
-    opened = [(parent, parent.stat().st_mode) for parent in path.parents] if is_root else []
-    opened = [(parent, mode) for parent, mode in opened if not mode & 0o001]
     try:
-        for parent, parent_mode in opened:
-            if not parent.is_relative_to("/tmp") and parent.stat().st_uid != 0:  # noqa: S108
-                pytest.skip(f"cannot let nobody into {parent}")
-            parent.chmod(parent_mode | 0o001)
-        if is_root:
-            os.seteuid(NOBODY)
+        with _obeying_modes():
+            yield
+    finally:
+        path.chmod(mode)
+
+
+@contextmanager
+def _obeying_modes() -> Generator[None, None, None]:
+    """Take from the calling thread, if it is root's, the capabilities that make modes meaningless (see capset(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, the calling thread
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, twice
+    assert libc.capget(header, sets) == 0
+    effective = sets[0]
+    sets[0] = effective & ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, sets) == 0
+    try:
         yield
     finally:
-        if is_root:
-            os.seteuid(0)
-        for parent, parent_mode in opened:
-            parent.chmod(parent_mode)
-        path.chmod(mode)
+        sets[0] = effective
+        assert libc.capset(header, sets) == 0

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    __version__: str
     from weightstream.api import Loader, iter_tensors, load, load_sync
     from weightstream.config import LoaderConfig
     from weightstream.errors import (

@@ -17,6 +17,7 @@ import math
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from types import TracebackType
 
 __all__ = ["VirtualClock"]
 
@@ -41,6 +42,7 @@ class VirtualClock:
     def __init__(self, *, patience_s: float = 30.0) -> None:
         self.patience_s = patience_s
         self._mutex = threading.Lock()
+        self._idle = threading.Condition(self._mutex)
         self._now = 0.0
         self._num_running = 0
         self._timers: list[tuple[float, int, _Sleeper]] = []
@@ -61,6 +63,12 @@ class VirtualClock:
         condition = self.condition()
         with condition:
             condition.wait(seconds)
+
+    def wait_idle(self) -> None:
+        """Block until every participant waits for something that time will not bring. For outsiders."""
+        with self._idle:
+            if not self._idle.wait_for(lambda: self._num_running == 0 and not self._timers, self.patience_s):
+                raise TimeoutError(f"{self._num_running} threads still run after {self.patience_s} real seconds")
 
     @contextmanager
     def participate(self) -> Generator[None, None, None]:
@@ -113,6 +121,8 @@ class VirtualClock:
             if not sleeper.is_woken:
                 self._now = max(self._now, deadline)
                 self._wake(sleeper)
+        if self._num_running == 0:
+            self._idle.notify_all()
 
     def _notify(self, sleepers: list[_Sleeper]) -> None:
         with self._mutex:
@@ -142,7 +152,9 @@ class _VirtualCondition:
     def __enter__(self) -> bool:
         return self._lock.__enter__()
 
-    def __exit__(self, *args: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
         self._lock.release()
 
     def wait(self, timeout: float | None = None) -> bool:

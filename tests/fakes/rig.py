@@ -10,9 +10,8 @@ import torch
 from weightstream.api import Loader
 from weightstream.config import LoaderConfig
 from weightstream.device.backend import Backend
-from weightstream.prefetch.ring import slot_bytes_for
+from weightstream.prefetch.ring import Ring, RingStatistics, slot_bytes_for
 from weightstream.scheduler import engine
-from weightstream.scheduler.clock import Clock
 from tests.fakes.accelerator import FakeAccelerator
 from tests.fakes.clock import VirtualClock
 from tests.fakes.ring import PoisonedRing
@@ -32,7 +31,6 @@ class Rig:
         device: `host`: the real backend of host memory. `fake`: an accelerator.
         io: layout of the chunks; see `Disk`.
         read_bytes_per_s, copy_bytes_per_s: speeds in virtual time.
-        clock: None: a new `VirtualClock`.
         accelerator: makes the fake.
     """
 
@@ -43,16 +41,23 @@ class Rig:
         io: Literal["buffered", "direct"] = "buffered",
         read_bytes_per_s: float | None = None,
         copy_bytes_per_s: float | None = None,
-        clock: Clock | None = None,
         accelerator: Callable[..., FakeAccelerator] = FakeAccelerator,
     ) -> None:
         self.device = device
         self.io = io
-        self.clock = clock or VirtualClock()
+        self.clock = VirtualClock()
         self.disk = Disk(self.clock, bytes_per_s=read_bytes_per_s, io=io)
         self.accelerator = accelerator(self.clock, bytes_per_s=copy_bytes_per_s)
+        self.rings: list[Ring] = []
+        rings = self.rings
+
+        class WatchedRing(PoisonedRing):
+            def __init__(self, *args: Any) -> None:
+                super().__init__(*args)
+                rings.append(self)
+
         self.machine = engine.Machine(
-            clock=self.clock, open_source=self.disk.open, open_backend=self._open_backend, ring=PoisonedRing
+            clock=self.clock, open_source=self.disk.open, open_backend=self._open_backend, ring=WatchedRing
         )
 
     def loader(
@@ -75,6 +80,11 @@ class Rig:
             "device": {"target": "cpu", **device},
         }
         return Loader(LoaderConfig(**sections), machine=self.machine)
+
+    @property
+    def ring(self) -> RingStatistics:
+        """Of the loader that was made last."""
+        return self.rings[-1].statistics()
 
     def close(self) -> None:
         """End the fake, and fail if a slot was reused too early."""

@@ -1,0 +1,113 @@
+"""How responsive an event loop stays while a model of 46,000 tensors loads on it, and what a busy loop costs the load.
+
+Run: python -m benchmarks.responsiveness [--folder FOLDER] [--runs N]
+
+Part 1: another task on the loop sleeps for a millisecond, again and again, and notes how late it wakes up, first with
+nothing else to do, then while the model loads. Part 2: the same load while the loop is blocked for a second by somebody
+else's computation, against the load alone. The loop is uvloop. Prints a table in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import mmap
+import statistics
+import tempfile
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from torch import nn
+
+from benchmarks.checkpoints import build, write
+from weightstream import Loader, LoaderConfig, LoadReport
+
+TICK_S = 0.001
+
+
+async def tick(stop: asyncio.Event) -> list[float]:
+    """Return how late, in seconds, each tick was."""
+    late: list[float] = []
+    while not stop.is_set():
+        begin = time.perf_counter()
+        await asyncio.sleep(TICK_S)
+        late.append(time.perf_counter() - begin - TICK_S)
+    return late
+
+
+async def ticking_beside(work: Coroutine[Any, Any, Any]) -> list[float]:
+    stop = asyncio.Event()
+    ticker = asyncio.create_task(tick(stop))
+    await asyncio.sleep(0.05)
+    await work
+    stop.set()
+    return await ticker
+
+
+def touch(num_bytes: int) -> None:
+    """Make the kernel find memory for later, so that first-touch costs do not count: map, populate, free."""
+    with mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory.madvise(23)  # MADV_POPULATE_WRITE
+
+
+def fresh_model() -> nn.Module:
+    model = build("small")
+    gc.collect()
+    touch(2**30)
+    return model
+
+
+async def load_beside_busy_loop(loader: Loader, path: Path, busy_s: float) -> LoadReport:
+    handle_task = asyncio.create_task(loader.load(fresh_model(), path))
+    await asyncio.sleep(0.005)  # the load has begun
+    until = time.perf_counter() + busy_s
+    with memoryview(bytearray(2**26)) as data:  # busy, but as native code is: without the interpreter's lock
+        import hashlib  # noqa: PLC0415
+
+        while time.perf_counter() < until:
+            hashlib.sha256(data)
+    return await handle_task
+
+
+async def measure(path: Path, runs: int) -> None:
+    async with Loader(LoaderConfig()) as loader:
+        await loader.load(fresh_model(), path)  # the page cache, imports and threads are warm from here on
+        idle = await ticking_beside(asyncio.sleep(2))
+        loading: list[float] = []
+        for _ in range(runs):
+            loading += await ticking_beside(loader.load(fresh_model(), path))
+        print("| event loop | ticks | median late ms | 99 % late ms | worst late ms | later than 10 ms |")
+        print("|---|---|---|---|---|---|")
+        for name, late in (("idle", idle), (f"while loading, {runs} loads", loading)):
+            slow = sum(one > 0.010 for one in late) / len(late)
+            p99 = sorted(late)[int(len(late) * 0.99)]
+            print(
+                f"| {name} | {len(late)} | {statistics.median(late) * 1e3:.2f} | {p99 * 1e3:.2f}"
+                f" | {max(late) * 1e3:.1f} | {slow:.2%} |"
+            )
+        alone: list[float] = []
+        busy: list[float] = []
+        for _ in range(runs):
+            alone.append((await loader.load(fresh_model(), path)).wall_s)
+            busy.append((await load_beside_busy_loop(loader, path, 1.0)).wall_s)
+        print("\n| load of 46,000 tensors | median s | min s | max s |\n|---|---|---|---|")
+        for name, walls in (("alone", alone), ("while the loop is busy for 1 s", busy)):
+            print(f"| {name} | {statistics.median(walls):.3f} | {min(walls):.3f} | {max(walls):.3f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "weightstream-benchmarks")
+    parser.add_argument("--runs", type=int, default=5)
+    options = parser.parse_args()
+    path = write("small", options.folder)
+    uvloop.run(measure(path, options.runs))
+
+
+if __name__ == "__main__":
+    main()

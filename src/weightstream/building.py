@@ -1,0 +1,104 @@
+"""How the command line gets a model: from an import path, or through transformers."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from weightstream.complaints import ConfigurationError
+from weightstream.device.accelerator import default_device
+from weightstream.errors import WeightstreamError
+
+__all__ = ["BuildError", "build_model", "target_device"]
+
+
+class BuildError(WeightstreamError):
+    """Raised when code that builds a model fails. Its cause is the error of that code."""
+
+
+def target_device(target: str) -> torch.device:
+    """Return the device that `device.target` stands for. May start a driver.
+
+    Raises:
+        ConfigurationError: this machine has no such device, or torch cannot use it.
+    """
+    if target == "auto":
+        return default_device()
+    names = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        numbered = [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
+        names += [accelerator.type, *numbered]
+    if target not in names:
+        raise ConfigurationError(f"device.target: there is no {target} here, but {', '.join(names)}")
+    return torch.device(target)
+
+
+def build_model(spec: str, checkpoint: Path, device: torch.device) -> nn.Module:
+    """Build the model that `model` in the configuration names.
+
+    Args:
+        spec: `package.module:callable`, or `transformers`.
+        checkpoint: what will be loaded; for `transformers`, its folder has the config.json.
+        device: for `transformers`, where the buffers go that are in no checkpoint.
+
+    Raises:
+        ConfigurationError: there is no such callable, or it does not return an nn.Module.
+        BuildError: it raised an exception.
+        WeightstreamError: from `weightstream.integrations.transformers.build_on_meta`.
+    """
+    if spec == "transformers":
+        try:
+            bridge = importlib.import_module("weightstream.integrations.transformers")
+        except ModuleNotFoundError as error:
+            if error.name != "transformers":
+                raise
+            raise ConfigurationError(
+                "model: transformers is not installed: pip install 'weightstream[transformers]'"
+            ) from error
+        model = bridge.build_on_meta(checkpoint, device=device)
+        assert isinstance(model, nn.Module)
+        return model
+    builder = _find(spec)
+    if not callable(builder):
+        raise ConfigurationError(f"model: {spec} is not callable, but of type {type(builder).__qualname__}")
+    try:
+        inspect.signature(builder).bind()
+    except TypeError as error:
+        raise ConfigurationError(f"model: {spec} must be callable without arguments: {error}") from error
+    except ValueError:
+        pass  # some callables have no signature to look at
+    try:
+        model = builder()
+    except Exception as error:
+        raise BuildError(f"model: {spec} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"model: {spec} must return a torch.nn.Module, found {type(model).__qualname__}")
+    return model
+
+
+def _find(spec: str) -> object:
+    module_name, _, attributes = spec.partition(":")
+    if os.getcwd() not in sys.path:  # noqa: PTH109 - a string is what sys.path holds
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    try:
+        found: object = importlib.import_module(module_name)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            raise ConfigurationError(
+                f"model: there is no module {error.name!r} here or among the installed packages"
+            ) from error
+        raise ConfigurationError(f"model: importing {module_name} failed: {type(error).__name__}: {error}") from error
+    path = module_name
+    for name in attributes.split("."):
+        if not hasattr(found, name):
+            raise ConfigurationError(f"model: {path} has no attribute {name!r}")
+        found = getattr(found, name)
+        path = f"{path}.{name}"
+    return found

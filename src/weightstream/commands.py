@@ -1,0 +1,249 @@
+"""The commands of `weightstream`: their options, and what becomes of their errors.
+
+Importing this imports click and nothing heavy; each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from weightstream.complaints import DONE, explain, logging_to_stderr
+from weightstream.shutdown import Shutdown
+
+if TYPE_CHECKING:
+    from weightstream.config import LoaderConfig
+    from weightstream.prefetch.checkpoint import Checkpoint
+    from weightstream.scheduler.report import LoadReport
+    from weightstream.warm import Destination
+
+__all__ = ["run"]
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+@dataclass
+class _Session:
+    """What all commands share. `config_file`: what a configuration mistake is blamed on."""
+
+    shutdown: Shutdown = field(default_factory=Shutdown)
+    verbose: bool = False
+    config_file: str | None = None
+
+
+def run(args: Sequence[str], shutdown: Shutdown | None = None) -> int:
+    """Run a command and return the exit code. Errors are told on standard error."""
+    session = _Session(shutdown or Shutdown())
+    try:
+        result: object = _weightstream.main(list(args), prog_name="weightstream", standalone_mode=False, obj=session)
+    except Exception as error:  # noqa: BLE001 - the outermost border: users get a sentence, and with -v the traceback
+        return explain(error, file=session.config_file, verbose=session.verbose)
+    return result if isinstance(result, int) else DONE  # click returns the code of --help and --version
+
+
+def _emit(text: str) -> None:
+    """Write to standard output; a reader that went away has had enough."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _verbose(command: F) -> F:
+    """Add -v to a command."""
+
+    def note(context: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's order
+        context.ensure_object(_Session).verbose = value
+
+    return click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        expose_value=False,
+        callback=note,
+        help="Log more to standard error, and show where an error comes from.",
+    )(command)
+
+
+class _Commands(click.Group):
+    """Lists the commands in the order in which a new user needs them, not by alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="weightstream", message="%(prog)s %(version)s")
+def _weightstream() -> None:
+    """Fill PyTorch models from checkpoints as fast as disk and bus allow.
+
+    Exit codes: 0 done, 1 the load failed, 2 usage or configuration, 130 interrupted.
+    """
+
+
+@_weightstream.command()
+@click.option("--fresh", is_flag=True, help="Write the checkpoint anew, even if it is there from an earlier time.")
+@_verbose
+@click.pass_obj
+def demo(session: _Session, *, fresh: bool) -> None:
+    """Write a checkpoint, load it, check every byte.
+
+    The checkpoint (0.5 GB) goes into your cache folder and stays there for the next time. It is loaded onto the
+    machine's accelerator, or the CPU. Settings can be tried through the environment, for example
+    WEIGHTSTREAM_DEVICE__TARGET=cpu or WEIGHTSTREAM_PREFETCH__IO=direct.
+    """
+    from weightstream.demo import show  # noqa: PLC0415
+    from weightstream.display import make_display  # noqa: PLC0415
+
+    display = make_display(session.shutdown, quiet=False)
+    with logging_to_stderr("ERROR", verbose=session.verbose):  # the summary has what would be a warning
+        session.shutdown.run(functools.partial(show, display, session.shutdown, fresh=fresh))
+
+
+@_weightstream.command()
+@click.argument("config", type=click.Path())
+@click.option("--checkpoint", metavar="PATH", help="Load this one instead of what the file names.")
+@click.option(
+    "--to",
+    type=click.Choice(["page-cache", "host", "device"]),
+    default="device",
+    show_default=True,
+    help="How far: only read the files (needs no model), load onto the CPU, or onto device.target.",
+)
+@click.option("--hold", is_flag=True, help="Keep the process and its weights until SIGINT or SIGTERM.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report alone, as JSON, on standard output.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@_verbose
+@click.pass_obj
+def warm(
+    session: _Session, config: str, *, checkpoint: str | None, to: Destination, hold: bool, as_json: bool, quiet: bool
+) -> None:
+    """Load the checkpoint that CONFIG describes, a YAML file.
+
+    It names what to load, and what builds the model: package.module:callable (the working folder is importable), or
+    transformers. `weightstream schema` describes all its keys.
+    """
+    if hold and to == "page-cache":
+        raise click.UsageError("--hold keeps weights in this process, but --to page-cache loads none.")
+    settings = _read_config(session, config, checkpoint, to)
+    from weightstream.display import make_display  # noqa: PLC0415
+    from weightstream.warm import warm as load  # noqa: PLC0415
+
+    def announce() -> None:
+        session.shutdown.codes[signal.SIGTERM] = DONE
+        click.echo(f"weightstream: holding the weights in process {os.getpid()}; Ctrl-C or SIGTERM ends it", err=True)
+
+    work = functools.partial(
+        load,
+        settings,
+        to,
+        make_display(session.shutdown, quiet=quiet),
+        on_report=_print_json if as_json else _print_summary,
+        on_hold=announce if hold else None,
+    )
+    # The summary has what would be a warning.
+    with logging_to_stderr("WARNING" if as_json and not quiet else "ERROR", verbose=session.verbose):
+        session.shutdown.run(work)
+
+
+def _read_config(session: _Session, file: str, checkpoint: str | None, to: Destination) -> LoaderConfig:
+    from weightstream.config import LoaderConfig  # noqa: PLC0415
+
+    session.config_file = file
+    overrides: dict[str, Any] = {}
+    if checkpoint is not None:
+        overrides["checkpoint"] = checkpoint
+    if to == "host":
+        overrides["device"] = {"target": "cpu"}
+    settings = LoaderConfig.from_yaml(file, **overrides)
+    if settings.checkpoint is None:
+        raise click.UsageError(f"{file} names no checkpoint: set `checkpoint` there, or pass --checkpoint.")
+    if settings.model is None and to != "page-cache":
+        raise click.UsageError(
+            f"{file} names no model: set `model` to package.module:callable or to transformers, or pass --to page-cache."
+        )
+    return settings
+
+
+def _print_json(report: LoadReport) -> None:
+    _emit(report.to_json(indent=2))
+
+
+def _print_summary(report: LoadReport) -> None:
+    from weightstream.display import Output  # noqa: PLC0415
+    from weightstream.summary import print_report  # noqa: PLC0415
+
+    print_report(Output(), report)
+
+
+@_weightstream.command()
+@click.argument("checkpoint", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON, with every tensor.")
+@_verbose
+@click.pass_obj
+def inspect(session: _Session, checkpoint: str, *, as_json: bool) -> None:
+    """Check CHECKPOINT as a load would, and show what is in it.
+
+    A folder, a .safetensors.index.json, or one .safetensors file.
+    """
+    from weightstream.config import LoaderConfig  # noqa: PLC0415
+    from weightstream.display import Output  # noqa: PLC0415
+    from weightstream.prefetch.checkpoint import open_checkpoint  # noqa: PLC0415
+    from weightstream.summary import print_checkpoint  # noqa: PLC0415
+    from weightstream.warm import in_thread  # noqa: PLC0415
+
+    settings = LoaderConfig(checkpoint=checkpoint)  # type: ignore[arg-type]  # a string may be a pkg:// address
+
+    def open_it() -> Checkpoint:
+        assert settings.checkpoint is not None
+        return open_checkpoint(settings.checkpoint, allow_outside_links=settings.prefetch.allow_outside_links)
+
+    async def show() -> None:
+        with await in_thread(open_it) as opened:
+            if as_json:
+                await in_thread(_emit, _checkpoint_json(opened))
+            else:
+                await in_thread(print_checkpoint, Output(), opened)
+
+    session.shutdown.run(show)
+
+
+def _checkpoint_json(checkpoint: Checkpoint) -> str:
+    tensors = [
+        {
+            "name": spec.name,
+            "dtype": spec.dtype,
+            "shape": spec.shape,
+            "num_bytes": spec.num_bytes,
+            "shard": checkpoint.shards[spec.shard].path.name,
+        }
+        for spec in checkpoint.tensors.values()
+    ]
+    shards = [{"name": shard.path.name, "num_bytes": shard.num_bytes} for shard in checkpoint.shards]
+    return json.dumps(
+        {
+            "checkpoint": str(checkpoint.path),
+            "num_bytes": checkpoint.num_bytes,
+            "num_tensors": len(tensors),
+            "num_shards": len(shards),
+            "shards": shards,
+            "tensors": tensors,
+        },
+        indent=2,
+    )
+
+
+@_weightstream.command()
+def schema() -> None:
+    """Print the JSON schema of the YAML file, for editors."""
+    from weightstream.config import LoaderConfig  # noqa: PLC0415
+
+    _emit(json.dumps(LoaderConfig.model_json_schema(), indent=2))

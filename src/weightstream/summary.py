@@ -1,0 +1,132 @@
+"""What the command line says about reports and checkpoints, as text for people."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from weightstream.display import format_bytes, format_rate
+
+if TYPE_CHECKING:
+    from weightstream.prefetch.checkpoint import Checkpoint
+    from weightstream.scheduler.report import LoadReport
+
+__all__ = ["print_checkpoint", "print_facts", "print_report", "shell_path"]
+
+_LABEL_WIDTH = 13
+_LARGEST = 5
+
+
+def print_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
+    """Print lines of a label and a text. Long ones are left to the terminal, so that paths can be copied."""
+    for label, text in facts:
+        line = Text(f"  {label:<{_LABEL_WIDTH}}", style="dim")
+        console.print(line.append(text, style="not dim"), soft_wrap=True)
+
+
+def shell_path(path: object) -> str:
+    """Return a path as a shell understands it."""
+    return shlex.quote(str(path))
+
+
+def print_report(console: Console, report: LoadReport, extra: Iterable[tuple[str, str]] = ()) -> None:
+    """Print what a load did, `extra` facts about it, and where the time went."""
+    is_cache = report.device == "page-cache"
+    what = f"{format_bytes(report.num_bytes)}, {report.num_tensors:,} tensors in {_count(report.num_shards, 'shard')}"
+    done = f"Read {what}, into the page cache" if is_cache else f"Loaded {what}, onto {report.device}"
+    console.print(
+        Text(f"{done} in {report.wall_s:.2f} s: {format_rate(report.throughput_bytes_per_s)}", style="bold"),
+        soft_wrap=True,
+    )
+    print_facts(console, [*_facts(report, is_cache=is_cache), *extra])
+    _print_phases(console, report)
+
+
+def _facts(report: LoadReport, *, is_cache: bool) -> Iterable[tuple[str, str]]:
+    yield "checkpoint", report.checkpoint
+    yield "strategy", f"{report.strategy}: {report.reason}"
+    yield "dtype", report.dtype
+    if not is_cache:
+        if report.num_copies:
+            yield "overlap", f"{report.overlap:.0%} of the less busy stage's time, reads and copies went on at once"
+            yield "copies", f"{report.num_copies:,}"
+        else:
+            yield "overlap", "none needed: reads landed in the weights themselves, without a copy"
+    kind = "ring and weights" if report.device == "cpu" else "ring"
+    yield (
+        "host memory",
+        f"{format_bytes(report.host_peak_bytes)} at most ({kind}), {format_bytes(report.pinned_bytes)} page-locked",
+    )
+    if report.device_peak_bytes:
+        yield "device memory", f"{format_bytes(report.device_peak_bytes)} at most"
+    if report.num_retries:
+        yield "retries", f"{report.num_retries} reads were repeated"
+    for label, keys in (("missing", report.missing_keys), ("unexpected", report.unexpected_keys)):
+        if keys:
+            yield label, f"{len(keys)} tensors: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
+    for sentence in report.fallbacks:
+        yield "note", sentence
+
+
+def _print_phases(console: Console, report: LoadReport) -> None:
+    full = "█" if (console.encoding or "").lower().startswith("utf") else "#"
+    width = max(6, min(36, console.width - _LABEL_WIDTH - 22))
+    wall_s = sum(report.phases.values()) or 1.0
+    console.print()
+    console.print(Text("Where the time went", style="bold"))
+    for phase, seconds in report.phases.items():
+        share = seconds / wall_s
+        bar = full * (max(1, round(share * width)) if seconds else 0)
+        line = Text(f"  {phase:<{_LABEL_WIDTH}}", style="dim")
+        line.append(f"{bar:<{width}}", style="not dim cyan").append(f"{seconds:8.3f} s {share:6.1%}", style="not dim")
+        console.print(line, soft_wrap=True)
+
+
+def print_checkpoint(console: Console, checkpoint: Checkpoint) -> None:
+    """Print what is in a checkpoint."""
+    specs = checkpoint.tensors.values()
+    shards = _count(len(checkpoint.shards), "shard")
+    title = f"{format_bytes(checkpoint.num_bytes)}, {len(specs):,} tensors in {shards}"
+    console.print(Text(title, style="bold"), soft_wrap=True)
+    print_facts(console, [("checkpoint", str(checkpoint.path))])
+    tensors = [0] * len(checkpoint.shards)
+    dtypes: dict[str, tuple[int, int]] = {}
+    for spec in specs:
+        tensors[spec.shard] += 1
+        count, num_bytes = dtypes.get(spec.dtype, (0, 0))
+        dtypes[spec.dtype] = count + 1, num_bytes + spec.num_bytes
+    _print_table(
+        console,
+        "Shards",
+        [
+            (shard.path.name, f"{count:,} tensors", format_bytes(shard.num_bytes))
+            for shard, count in zip(checkpoint.shards, tensors, strict=True)
+        ],
+    )
+    by_bytes = sorted(dtypes.items(), key=lambda item: -item[1][1])
+    _print_table(
+        console, "Dtypes", [(dtype, f"{count:,} tensors", format_bytes(size)) for dtype, (count, size) in by_bytes]
+    )
+    largest = sorted(specs, key=lambda spec: -spec.num_bytes)[:_LARGEST]
+    rows = [
+        (spec.name, " x ".join(map(str, spec.shape)) or "scalar", spec.dtype, format_bytes(spec.num_bytes))
+        for spec in largest
+    ]
+    _print_table(console, "Largest tensors", rows)
+
+
+def _print_table(console: Console, title: str, rows: Sequence[tuple[str, ...]]) -> None:
+    console.print()
+    console.print(Text(title, style="bold"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *rest in rows:
+        cells = [f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))]
+        console.print(Text(f"  {'  '.join(cells)}"), soft_wrap=True)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -1,0 +1,510 @@
+"""From a path to open shards: what is found, what may be opened, how index and headers must agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from tests.builders import (
+    INDEX,
+    SINGLE,
+    entry,
+    leaves_nothing,
+    random_tensors,
+    raw_file,
+    shard_name,
+    unreadable,
+    write_checkpoint,
+    write_index,
+    write_shard,
+)
+from weightstream.errors import (
+    CheckpointError,
+    HeaderError,
+    IndexMismatchError,
+    IntegrityError,
+    MissingShardError,
+    ReadError,
+    UnsupportedFormatError,
+)
+from weightstream.prefetch.checkpoint import find_checkpoint, open_checkpoint
+
+TENSORS = random_tensors({"a": [2, 3], "b": [5], "c": [], "d": [4, 1]})
+FIRST, SECOND = shard_name(0, 2), shard_name(1, 2)
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks() -> Generator[None, None, None]:
+    with leaves_nothing():
+        yield
+
+
+@pytest.fixture(name="folder")
+def fixture_folder(tmp_path: Path) -> Path:
+    """A checkpoint of two shards: a and b in the first, c and d in the second."""
+    return write_checkpoint(tmp_path / "checkpoint", TENSORS, num_shards=2)
+
+
+def names_in(path: Path, *, allow_outside_links: bool = False) -> set[str]:
+    with open_checkpoint(path, allow_outside_links=allow_outside_links) as checkpoint:
+        return set(checkpoint.tensors)
+
+
+# What is found
+
+
+@pytest.mark.parametrize("given", ["folder", "index", "text"])
+def test_shards_of_an_index_are_opened_and_their_bytes_are_found(folder: Path, given: str) -> None:
+    path = {"folder": folder, "index": folder / INDEX}.get(given, str(folder))
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.path == folder / INDEX
+        assert [shard.path.name for shard in checkpoint.shards] == [FIRST, SECOND]
+        assert checkpoint.num_bytes == sum(tensor.nbytes for tensor in TENSORS.values())
+        for name, tensor in TENSORS.items():
+            spec = checkpoint.tensors[name]
+            shard = checkpoint.shards[spec.shard]
+            assert shard.path.name == (FIRST if name in "ab" else SECOND)
+            assert os.pread(shard.fd, spec.num_bytes, spec.begin) == tensor.numpy().tobytes()
+            assert (spec.dtype, spec.shape) == ("F32", tuple(tensor.shape))
+
+
+@pytest.mark.parametrize("given", ["folder", "file"])
+def test_single_file_is_opened(tmp_path: Path, given: str) -> None:
+    folder = write_checkpoint(tmp_path, TENSORS)
+    with open_checkpoint(folder if given == "folder" else folder / SINGLE) as checkpoint:
+        assert checkpoint.path == folder / SINGLE
+        assert set(checkpoint.tensors) == set(TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        pytest.param([INDEX, SINGLE, FIRST], INDEX, id="index before file"),
+        pytest.param([INDEX, "model.fp16.safetensors.index.json"], INDEX, id="plain index before variant"),
+        pytest.param(
+            ["model.fp16.safetensors.index.json", FIRST, SECOND], "model.fp16.safetensors.index.json", id="variant"
+        ),
+        pytest.param(["adapter.safetensors"], "adapter.safetensors", id="one file of another name"),
+        pytest.param([SINGLE, "adapter.safetensors"], SINGLE, id="plain name before another"),
+        pytest.param([SINGLE, "pytorch_model.bin", "config.json"], SINGLE, id="among other files"),
+    ],
+)
+def test_folder_stands_for_the_one_checkpoint_in_it(tmp_path: Path, files: list[str], found: str) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    assert find_checkpoint(tmp_path) == tmp_path / found
+
+
+def test_index_of_another_name_may_be_named(folder: Path) -> None:
+    write_index(folder, {"a": FIRST, "b": FIRST}, "half.safetensors.index.json")
+    assert names_in(folder / "half.safetensors.index.json") == {"a", "b"}
+
+
+def test_shards_may_lie_in_folders_below(tmp_path: Path) -> None:
+    write_shard(tmp_path / "part" / "x.safetensors", {"a": TENSORS["a"]})
+    write_index(tmp_path, {"a": "part/x.safetensors"})
+    assert names_in(tmp_path) == {"a"}
+
+
+def test_checkpoint_may_be_closed_twice(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    checkpoint.close()
+    checkpoint.close()
+
+
+# What is no checkpoint
+
+
+def test_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such file or folder") as caught:
+        open_checkpoint(tmp_path / "none")
+    assert caught.value.file == str(tmp_path / "none")
+
+
+@pytest.mark.parametrize("path", ["a\0b", "/proc/self/status/x"], ids=["NUL", "below a file"])
+def test_path_that_cannot_be_there_is_refused(path: str) -> None:
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        open_checkpoint(path)
+
+
+def test_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"the folder is empty: expected {INDEX} or a .safetensors file"):
+        open_checkpoint(tmp_path)
+
+
+def test_folder_without_weights_is_refused_and_says_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "README.md").touch()
+    with pytest.raises(CheckpointError, match=r"not a checkpoint: expected .*, found README\.md") as caught:
+        open_checkpoint(tmp_path)
+    assert type(caught.value) is CheckpointError
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json", "a.pt", "a.pth", "a.gguf"])
+def test_folder_with_other_formats_alone_is_unsupported(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(UnsupportedFormatError, match=f"no safetensors files here: found {name}"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json", "config.json", "safetensors"])
+def test_file_of_another_format_is_unsupported(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(UnsupportedFormatError, match=r"not a checkpoint .* expected a folder, \*\.index\.json"):
+        open_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("a.safetensors", "b.safetensors"), ("a.safetensors.index.json", "b.safetensors.index.json")],
+    ids=["files", "indexes"],
+)
+def test_folder_with_several_candidates_is_refused_and_lists_them(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match="several checkpoints: found {} {}".format(*names)):
+        open_checkpoint(tmp_path)
+
+
+# The index
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("", "not valid", id="empty"),
+        pytest.param("[]", "not valid", id="array"),
+        pytest.param("{}", "missing required field `weight_map`", id="no weight_map"),
+        pytest.param('{"weight_map":null}', "not valid", id="null"),
+        pytest.param('{"weight_map":[]}', "not valid", id="array for weight_map"),
+        pytest.param('{"weight_map":{"a":1}}', "Expected `str`, got `int`", id="number for a shard"),
+        pytest.param('{"weight_map":{"a":["x"]}}', "Expected `str`", id="array for a shard"),
+        pytest.param('{"weight_map":{"a":"x"}', "not valid", id="cut"),
+        pytest.param('{"weight_map":' + "[" * 100_000, "not valid", id="deep"),
+        pytest.param('{"weight_map":{"a":"x","a":"y"}}', "the key 'a' is there twice", id="doubled name"),
+        pytest.param('{"weight_map":{"a":"x","\\u0061":"x"}}', "the key 'a' is there twice", id="escaped double"),
+        pytest.param('{"weight_map":{"a":"x"},"weight_map":{"b":"x"}}', "'weight_map' is there twice", id="two maps"),
+        pytest.param(
+            '{"weight_m\\u0061p":{"a":"x"},"weight_map":{"b":"x"}}',
+            "'weight_map' is there twice",
+            id="two maps, escaped",
+        ),
+        pytest.param('{"weight_map":{"a\udcff":"x"}}', "not valid", id="not UTF-8"),
+        pytest.param('{"weight_map":{}}', "the index lists no tensors", id="no tensors"),
+    ],
+)
+def test_malformed_index_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / INDEX).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(tmp_path)
+    assert caught.value.file == str(tmp_path / INDEX)
+
+
+def test_tensor_may_be_called_weight_map(tmp_path: Path) -> None:
+    write_shard(tmp_path / "x.safetensors", {"weight_map": TENSORS["a"]})
+    write_index(tmp_path, {"weight_map": "x.safetensors"})
+    assert names_in(tmp_path) == {"weight_map"}
+
+
+def test_other_members_of_the_index_do_not_matter(tmp_path: Path) -> None:
+    write_shard(tmp_path / "x.safetensors", {"a": TENSORS["a"]})
+    index = {"metadata": {"total_size": 1e3, "x": [None]}, "weight_map": {"a": "x.safetensors"}, "y": 1}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    assert names_in(tmp_path) == {"a"}
+
+
+@pytest.mark.parametrize("gone", [FIRST, SECOND])
+def test_missing_shard_is_named(folder: Path, gone: str) -> None:
+    (folder / gone).unlink()
+    with pytest.raises(MissingShardError, match=f"the shard does not exist. {INDEX} names it") as caught:
+        open_checkpoint(folder)
+    assert caught.value.file == str(folder / gone)
+
+
+def test_name_in_the_index_that_no_header_has_is_refused(folder: Path) -> None:
+    write_index(folder, {"a": FIRST, "b": FIRST, "c": SECOND, "d": SECOND, "e": SECOND})
+    with pytest.raises(
+        IndexMismatchError, match=rf"1 named in the index but in no header: e \(index: {SECOND}\)"
+    ) as caught:
+        open_checkpoint(folder)
+    assert caught.value.file == str(folder / INDEX)
+
+
+def test_name_in_a_header_that_the_index_lacks_is_refused(folder: Path) -> None:
+    write_index(folder, {"a": FIRST, "c": SECOND, "d": SECOND})
+    with pytest.raises(IndexMismatchError, match=rf"does not name there: b \(in {FIRST}; index: not listed\)"):
+        open_checkpoint(folder)
+
+
+def test_tensor_in_another_shard_than_the_index_says_is_refused(folder: Path) -> None:
+    write_index(folder, {"a": FIRST, "b": SECOND, "c": SECOND, "d": SECOND})
+    with pytest.raises(IndexMismatchError, match=rf"b \(in {FIRST}; index: {SECOND}\)"):
+        open_checkpoint(folder)
+
+
+def test_tensor_in_two_shards_is_refused(folder: Path) -> None:
+    write_shard(folder / SECOND, {name: TENSORS[name] for name in "bcd"})
+    with pytest.raises(IndexMismatchError, match=rf"b \(in {SECOND}; index: {FIRST}\)"):
+        open_checkpoint(folder)
+
+
+def test_message_of_a_large_mismatch_is_short(folder: Path) -> None:
+    write_index(folder, {f"x{i}": FIRST for i in range(1000)})
+    with pytest.raises(IndexMismatchError, match=r"1000 named .* and 995 more") as caught:
+        open_checkpoint(folder)
+    assert len(str(caught.value)) < 1000
+
+
+def test_header_that_breaks_the_format_is_refused(folder: Path) -> None:
+    path = folder / SECOND
+    path.write_bytes(raw_file({"c": entry("F32", [1], 0, 4)}, bytes(5)))
+    with pytest.raises(HeaderError, match="longer than its header says") as caught:
+        open_checkpoint(folder)
+    assert caught.value.file == str(path)
+
+
+def test_truncated_shard_is_refused(folder: Path) -> None:
+    os.truncate(folder / SECOND, (folder / SECOND).stat().st_size - 1)
+    with pytest.raises(HeaderError, match="truncated"):
+        open_checkpoint(folder)
+
+
+def test_unknown_dtype_is_unsupported(tmp_path: Path) -> None:
+    (tmp_path / SINGLE).write_bytes(raw_file({"a": entry("F5", [8], 0, 5)}, bytes(5)))
+    with pytest.raises(UnsupportedFormatError, match="unknown dtype"):
+        open_checkpoint(tmp_path)
+
+
+# What may be opened
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/etc/passwd", "../x.safetensors", "part/../../x.safetensors", "..", "", "x\0.safetensors"],
+    ids=["absolute", "parent", "parent in the middle", "two dots", "empty", "NUL"],
+)
+def test_shard_whose_name_is_no_plain_relative_path_is_refused(tmp_path: Path, name: str) -> None:
+    write_shard(tmp_path / "x.safetensors", {"a": TENSORS["a"]})
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    write_index(folder, {"a": name})
+    with pytest.raises(CheckpointError, match="not a plain relative path") as caught:
+        open_checkpoint(folder, allow_outside_links=True)
+    assert caught.value.file == str(folder / INDEX)
+
+
+def link_shard(folder: Path, target: Path | str) -> None:
+    (folder / SECOND).unlink()
+    (folder / SECOND).symlink_to(target)
+
+
+def test_link_to_inside_the_folder_is_followed(folder: Path) -> None:
+    (folder / SECOND).rename(folder / "other")
+    (folder / SECOND).symlink_to("other")
+    assert names_in(folder) == set(TENSORS)
+
+
+def test_folder_may_be_a_link_itself(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    assert names_in(tmp_path / "link") == set(TENSORS)
+
+
+def test_link_to_outside_the_folder_needs_the_option(folder: Path, tmp_path: Path) -> None:
+    (folder / SECOND).rename(tmp_path / "other")
+    (folder / SECOND).symlink_to("../other")
+    with pytest.raises(CheckpointError, match=r"link to outside .* Set prefetch\.allow_outside_links") as caught:
+        open_checkpoint(folder)
+    assert caught.value.file == str(folder / SECOND)
+    assert str(caught.value.actual) == str(tmp_path / "other")
+    assert names_in(folder, allow_outside_links=True) == set(TENSORS)
+
+
+def test_link_through_a_folder_to_outside_needs_the_option(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (folder / SECOND).rename(tmp_path / "elsewhere" / SECOND)
+    (folder / "part").symlink_to(tmp_path / "elsewhere")
+    write_index(folder, {"a": FIRST, "b": FIRST, "c": f"part/{SECOND}", "d": f"part/{SECOND}"})
+    with pytest.raises(CheckpointError, match="link to outside"):
+        open_checkpoint(folder)
+    assert names_in(folder, allow_outside_links=True) == set(TENSORS)
+
+
+def test_link_to_a_folder_whose_name_begins_alike_is_outside(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint2").mkdir()
+    (folder / SECOND).rename(tmp_path / "checkpoint2" / SECOND)
+    (folder / SECOND).symlink_to(tmp_path / "checkpoint2" / SECOND)
+    with pytest.raises(CheckpointError, match="link to outside"):
+        open_checkpoint(folder)
+
+
+def hub_cache(tmp_path: Path) -> Path:
+    """The cache of the Hugging Face hub: a snapshot whose files are links into the blobs beside it."""
+    model = tmp_path / "models--org--name"
+    snapshot = write_checkpoint(model / "snapshots" / "0123abcd", TENSORS, num_shards=2)
+    (model / "blobs").mkdir()
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(model / "blobs" / f"{number:040x}")
+        file.symlink_to(f"../../blobs/{number:040x}")
+    return snapshot
+
+
+def test_links_into_the_blobs_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
+    assert names_in(hub_cache(tmp_path)) == set(TENSORS)
+
+
+def test_blob_that_was_not_fetched_is_a_missing_shard(tmp_path: Path) -> None:
+    snapshot = hub_cache(tmp_path)
+    (snapshot / SECOND).resolve().unlink()
+    with pytest.raises(MissingShardError):
+        open_checkpoint(snapshot)
+
+
+def test_links_into_the_blobs_of_another_model_are_outside(tmp_path: Path) -> None:
+    snapshot = hub_cache(tmp_path)
+    other = tmp_path / "models--org--other" / "blobs"
+    other.mkdir(parents=True)
+    (snapshot / SECOND).resolve().rename(other / "x")
+    link_shard(snapshot, other / "x")
+    with pytest.raises(CheckpointError, match="link to outside"):
+        open_checkpoint(snapshot)
+
+
+def test_link_that_leads_to_itself_is_a_read_error(folder: Path) -> None:
+    link_shard(folder, SECOND)
+    with pytest.raises(ReadError, match="cannot open the file: Too many levels of symbolic links"):
+        open_checkpoint(folder)
+
+
+def test_name_that_is_too_long_is_a_read_error(tmp_path: Path) -> None:
+    write_index(tmp_path, {"a": "x" * 300})
+    with pytest.raises(ReadError, match="File name too long"):
+        open_checkpoint(tmp_path)
+
+
+def put_special(path: Path, kind: str) -> None:
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        here = Path.cwd()
+        with socket.socket(socket.AF_UNIX) as listener:
+            os.chdir(path.parent)  # a socket's address is short, and paths of tests are not
+            try:
+                listener.bind(path.name)
+            finally:
+                os.chdir(here)
+
+
+@pytest.mark.parametrize("kind", ["folder", "FIFO", "device", "socket"])
+@pytest.mark.parametrize("name", [SECOND, INDEX])
+def test_what_is_not_a_regular_file_is_refused_without_blocking(folder: Path, kind: str, name: str) -> None:
+    path = folder / name
+    path.unlink()
+    put_special(path, kind)
+    with pytest.raises(CheckpointError, match="not a regular file") as caught:
+        open_checkpoint(folder, allow_outside_links=True)
+    assert caught.value.file == str(path)
+    assert caught.value.actual == stat.filemode(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("name", [SECOND, INDEX])
+def test_unreadable_file_is_a_read_error(folder: Path, name: str) -> None:
+    path = folder / name
+    with unreadable(path), pytest.raises(ReadError, match="Permission denied: found errno 13") as caught:
+        open_checkpoint(folder)
+    assert caught.value.file == str(path)
+
+
+def test_unreadable_folder_is_a_read_error(folder: Path) -> None:
+    with unreadable(folder), pytest.raises(ReadError, match="cannot look for it: Permission denied") as caught:
+        open_checkpoint(folder)
+    assert caught.value.file == str(folder)
+
+
+def test_file_in_an_unreadable_folder_is_a_read_error(folder: Path) -> None:
+    with unreadable(folder), pytest.raises(ReadError, match="cannot look for it: Permission denied"):
+        open_checkpoint(folder / INDEX)
+
+
+def test_failing_read_of_the_index_is_a_read_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, mode: str) -> object:
+        os.close(fd)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fdopen", refuse)
+    with pytest.raises(ReadError, match="cannot read the index: Input/output error: found errno 5"):
+        open_checkpoint(folder)
+
+
+def test_file_that_is_replaced_while_it_is_opened_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opens = os.open
+
+    def replace_first(path: Path, flags: int, *args: int) -> int:
+        if path == folder / FIRST:
+            (folder / FIRST).replace(folder / "old")
+            write_shard(folder / FIRST, {"a": TENSORS["a"], "b": TENSORS["b"]})
+        return opens(path, flags, *args)
+
+    monkeypatch.setattr(os, "open", replace_first)
+    with pytest.raises(IntegrityError, match="replaced while it was being opened") as caught:
+        open_checkpoint(folder)
+    assert caught.value.file == str(folder / FIRST)
+
+
+# Changes after the preflight
+
+
+def test_unchanged_files_pass(folder: Path) -> None:
+    with open_checkpoint(folder) as checkpoint:
+        checkpoint.check_unchanged()
+
+
+def rewrite(path: Path) -> None:
+    """Write the same bytes again, at another time (given by hand: clocks of file systems are coarse)."""
+    before = path.stat()
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+
+
+def truncate(path: Path) -> None:
+    before = path.stat()
+    os.truncate(path, before.st_size - 1)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def replace(path: Path) -> None:
+    """Put another file with equal bytes and equal times there."""
+    before = path.stat()
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
+
+
+@pytest.mark.parametrize("change", [rewrite, truncate, replace])
+@pytest.mark.parametrize("name", [FIRST, SECOND])
+def test_changed_file_is_noticed(folder: Path, name: str, change: object) -> None:
+    assert callable(change)
+    with open_checkpoint(folder) as checkpoint:
+        change(folder / name)
+        with pytest.raises(
+            IntegrityError, match=r"the file changed while it was being loaded: expected .* found"
+        ) as caught:
+            checkpoint.check_unchanged()
+    assert caught.value.file == str(folder / name)
+
+
+def test_removed_file_is_noticed(folder: Path) -> None:
+    with open_checkpoint(folder) as checkpoint:
+        (folder / SECOND).unlink()
+        with pytest.raises(IntegrityError, match=r"vanished .* No such file") as caught:
+            checkpoint.check_unchanged()
+    assert caught.value.file == str(folder / SECOND)

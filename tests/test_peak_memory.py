@@ -1,0 +1,82 @@
+"""The ceiling on host memory, measured: a fresh process, a checkpoint many times as large, the kernel's own account."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.builders import SINGLE, shard_name, write_index, write_sparse
+
+KIB, MIB = 2**10, 2**20
+
+#: The promise: what a load takes above the weights stays within `host_memory` and this, and 2 KiB for each tensor.
+ALLOWANCE_BYTES = 64 * MIB
+ALLOWANCE_PER_TENSOR_BYTES = 2 * KIB
+
+PREFETCH = {"chunk": "4MiB", "host_memory": "16MiB", "workers": 4}
+HOST_MEMORY_BYTES = 16 * MIB
+
+
+def write_large(folder: Path, num_bytes: int) -> tuple[Path, int]:
+    """Two shards of zeros, which take no room on the disk; return the number of tensors, too."""
+    count = num_bytes // (8 * MIB)
+    weight_map: dict[str, str] = {}
+    for number in range(2):
+        names = [f"w{number}_{i}" for i in range(count // 2)]
+        file = shard_name(number, 2)
+        write_sparse(folder / file, [(name, "F32", [2, MIB]) for name in names])
+        weight_map |= dict.fromkeys(names, file)
+    write_index(folder, weight_map)
+    return folder, len(weight_map)
+
+
+def measure(how: str, path: Path, **prefetch: Any) -> dict[str, int]:
+    config = {"prefetch": PREFETCH | prefetch, "device": {"target": "cpu"}}
+    program = Path(__file__).with_name("fresh_process.py")
+    command = [sys.executable, str(program), how, str(path), json.dumps(config)]
+    done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
+
+
+def check(found: dict[str, int], num_tensors: int, record: pytest.FixtureRequest) -> None:
+    above = found["peak_bytes"] - found["held_bytes"]
+    ceiling = HOST_MEMORY_BYTES + ALLOWANCE_BYTES + ALLOWANCE_PER_TENSOR_BYTES * num_tensors
+    sentence = f"{above / MIB:.1f} MiB above the weights, of {ceiling / MIB:.1f} MiB"
+    record.node.user_properties.append(("peak", sentence))
+    assert above <= ceiling, sentence
+
+
+@pytest.mark.parametrize(("how", "io"), [("iter_tensors", "direct"), ("stream", "buffered"), ("warm", "buffered")])
+def test_peak_stays_below_the_ceiling_for_a_checkpoint_fifty_times_as_large(
+    tmp_path: Path, request: pytest.FixtureRequest, how: str, io: str
+) -> None:
+    path, num_tensors = write_large(tmp_path, 50 * HOST_MEMORY_BYTES)
+    found = measure(how, path, io=io)
+    assert found["loaded_bytes"] == 50 * HOST_MEMORY_BYTES
+    check(found, num_tensors, request)
+
+
+@pytest.mark.parametrize("io", ["buffered", "direct"])
+def test_peak_above_the_weights_of_a_model_stays_below_the_ceiling(
+    tmp_path: Path, request: pytest.FixtureRequest, io: str
+) -> None:
+    path, num_tensors = write_large(tmp_path, 20 * HOST_MEMORY_BYTES)
+    found = measure("model", path, io=io)
+    assert found["held_bytes"] == 20 * HOST_MEMORY_BYTES
+    check(found, num_tensors, request)
+
+
+@pytest.mark.parametrize(("how", "io"), [("model", "buffered"), ("iter_tensors", "direct")])
+def test_peak_stays_below_the_ceiling_for_many_small_tensors(
+    tmp_path: Path, request: pytest.FixtureRequest, how: str, io: str
+) -> None:
+    count = 20_000
+    write_sparse(tmp_path / SINGLE, [(f"layer_{i}_weight", "F32", [1000 + i % 7]) for i in range(count)])
+    check(measure(how, tmp_path, io=io), count, request)
