@@ -78,12 +78,16 @@ class TensorSpec(msgspec.Struct, frozen=True, gc=False):
         return self.end - self.begin
 
 
+_NO_SHAPE = (-1,)
+_NO_OFFSETS = (-1, -1)
+
+
 class _Entry(msgspec.Struct, frozen=True, gc=False):
     """An entry of a header. The defaults, which no entry can have, show that a field is missing."""
 
     dtype: str = ""
-    shape: tuple[int, ...] = (-1,)
-    data_offsets: tuple[int, int] = (-1, -1)
+    shape: tuple[int, ...] = _NO_SHAPE
+    data_offsets: tuple[int, int] = _NO_OFFSETS
 
 
 class _StrictEntry(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
@@ -235,6 +239,8 @@ def _decode_header(raw: bytes) -> dict[str, _Entry]:
         entries.pop("__metadata__", None)
         quotes = 2 + bytes(metadata).count(b'"')
     if b"\\" in raw or raw.count(b'"') != quotes + _QUOTES_PER_ENTRY * len(entries) or _has_minus_zero(raw):
+        return _decode_slowly(raw)
+    if any(not entry.dtype or entry.shape is _NO_SHAPE or entry.data_offsets is _NO_OFFSETS for entry in entries.values()):
         return _decode_slowly(raw)
     return entries
 

@@ -164,6 +164,7 @@ class Job:
             with no_garbage_collection():
                 prepared = sink.prepare(checkpoint, direct=source.direct)
                 self.readiness.expect(prepared.placement.names, prepared.placement.module_names)
+            stack.callback(prepared.placement.release)
             plan, backend = prepared.plan, prepared.backend
             self._total_bytes = plan.num_bytes
             engine.prepare_memory(
@@ -188,8 +189,7 @@ class Job:
                 self._undo(sink, error)
                 raise
             self._ledger.enter("other")
-        self._ledger.enter("other")
-        return self._report(checkpoint, prepared, stage, blocks, peak)
+            return self._report(checkpoint, prepared, stage, blocks, peak)
 
     def _pump(self, sink: Sink, stage: DeviceStage, flow: Flow, plan: LoadPlan) -> None:
         """Submit what is filled and place what is copied, until everything is placed; leave nothing at work."""

@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Self
 
 import anyio
-from anyio.abc import TaskGroup
 import torch
+from anyio.abc import TaskGroup
 from torch import nn
 
 from weightstream.device.accelerator import caller_streams

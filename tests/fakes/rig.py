@@ -7,15 +7,15 @@ from typing import Any, Literal
 
 import torch
 
+from tests.fakes.accelerator import FakeAccelerator
+from tests.fakes.clock import VirtualClock
+from tests.fakes.ring import PoisonedRing
+from tests.fakes.source import Disk
 from weightstream.api import Loader
 from weightstream.config import LoaderConfig
 from weightstream.device.backend import Backend
 from weightstream.prefetch.ring import Ring, RingStatistics, slot_bytes_for
 from weightstream.scheduler import engine
-from tests.fakes.accelerator import FakeAccelerator
-from tests.fakes.clock import VirtualClock
-from tests.fakes.ring import PoisonedRing
-from tests.fakes.source import Disk
 
 __all__ = ["KIB", "Rig"]
 

@@ -11,8 +11,8 @@ import torch
 
 from tests.builders import assert_same, write_in_order
 from tests.fakes.accelerator import FRESH, FakeAccelerator
-from tests.fakes.ring import STALE
 from tests.fakes.rig import KIB, Rig
+from tests.fakes.ring import STALE
 from tests.models import SmallNet, tensors_of
 from weightstream.device.backend import Event
 from weightstream.scheduler import job

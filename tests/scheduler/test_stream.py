@@ -41,10 +41,9 @@ def assert_stream(found: list[tuple[str, torch.Tensor]], tensors: dict[str, torc
 @pytest.mark.parametrize("workers", [1, 4], ids=["1-worker", "4-workers"])
 async def test_every_tensor_comes_in_the_order_of_the_files(rig: Rig, tmp_path: Path, workers: int) -> None:
     tensors, path = mixed(tmp_path)
-    async with rig.loader(workers=workers) as loader:
-        async with loader.stream(path) as stream:
-            found = [item async for item in stream]
-            report = await stream.report()
+    async with rig.loader(workers=workers) as loader, loader.stream(path) as stream:
+        found = [item async for item in stream]
+        report = await stream.report()
     assert_stream(found, tensors)
     assert report.num_tensors == len(tensors)
 

@@ -1,0 +1,34 @@
+"""transformers' own models, filled on meta by weightstream, compute what `from_pretrained`'s compute, bit by bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.real.conftest import Target
+from tests.real.families import FAMILIES, save_small
+from weightstream.integrations.transformers import build_on_meta
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_logits_equal_those_of_from_pretrained(
+    family: str, dtype: torch.dtype, target: Target, tmp_path: Path
+) -> None:
+    kind = save_small(family, tmp_path, dtype=dtype)
+    model = build_on_meta(tmp_path, device=target.device)
+    report = await target.fill(model, tmp_path)
+    assert report.num_shards > 1
+    assert not report.unexpected_keys
+    reference = kind.from_pretrained(tmp_path).to(target.device)
+    assert type(model) is kind
+    inputs = {"input_ids": torch.arange(2 * 24).reshape(2, 24).to(target.device) * 5 % 320}
+    if family == "t5":
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :6]
+    with torch.no_grad():
+        expected, found = reference(**inputs).logits, model(**inputs).logits
+    assert expected.dtype == found.dtype == dtype
+    assert torch.equal(expected, found)
+    assert expected.std() > 0.01, "constant logits prove nothing"
