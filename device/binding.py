@@ -143,14 +143,27 @@ class Binder:
         self._placement.loaded_themselves.append(name)
 
     def _note_keys(self, subtree: Subtree, name: str, missing: list[str], unexpected: list[str]) -> None:
-        filled = {site.name for target in subtree.targets for site in target.sites if not target.tensor.is_meta}
-        missing = [key for key in (subtree.prefix + key for key in missing) if key not in filled]
+        missing = [subtree.prefix + key for key in missing]
+        if missing:
+            filled = self._filled_otherwise(subtree, set(missing))
+            missing = [key for key in missing if key not in filled]
         unexpected = [subtree.prefix + key for key in unexpected]
         for keys, kind in ((missing, MissingKeysError), (unexpected, UnexpectedKeysError)):
             if self._strict and keys:
                 raise kind(f"so says {name}, which loads itself", actual=", ".join(keys[:5]))
         self._placement.missing_keys += missing
         self._placement.unexpected_keys += unexpected
+
+    def _filled_otherwise(self, subtree: Subtree, missing: set[str]) -> set[str]:
+        """Return which of the names that a module misses are those of tensors that were loaded under another name."""
+        named = set(self._placement.names)
+        filled: set[str] = set()
+        for target in subtree.targets:
+            names = [site.name for site in target.sites]
+            own = [name for name in names if name.startswith(subtree.prefix)]
+            if not target.tensor.is_meta and (named.intersection(names) or set(own) - missing):
+                filled.update(names)
+        return filled
 
 
 def _restore(target: Target) -> torch.Tensor | None:

@@ -193,7 +193,7 @@ class Layout:
         used = 0
         run_block, run_from, run_to, run_slot = IN_SLOT, 0, 0, 0
         for piece in self.pieces(first, stop, head, num_bytes):
-            place, _, _, count = piece
+            place, offset, _, count = piece
             block = self.block_of[place]
             is_cast = self.places[place].is_cast
             if block != IN_SLOT and self.lands and not is_cast:
@@ -201,7 +201,7 @@ class Layout:
             if block == IN_SLOT or is_cast or not self.is_small(place):
                 large.append(piece)
                 continue
-            begin = self.offset_of[place]
+            begin = self.offset_of[place] + offset
             if block != run_block or begin != padded(run_to):
                 if run_block != IN_SLOT:
                     runs.append(Run(run_block, run_from, run_slot, run_to - run_from))

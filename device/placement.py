@@ -340,9 +340,11 @@ def _subtree_place(spec: Stored, target: Target | None, subtree: Subtree, config
     shape = torch_shape(spec.dtype, spec.shape)
     wanted = dtype
     if target is not None:
+        if is_lazy(target.tensor):  # its hook would give it a shape, which nothing could take away again
+            _check_kind(target.tensor, spec.name)
         if subtree.keeps_shapes:
             _check_shape(target.tensor, shape, spec.name)
-        if target.tensor.dtype in CASTABLE and dtype in CASTABLE:
+        if subtree.keeps_shapes or (target.tensor.dtype in CASTABLE and dtype in CASTABLE):
             on_meta = target.tensor.device.type == "meta"
             wanted = destination_dtype(dtype, target.tensor.dtype, config, on_meta=on_meta, tensor=spec.name)
     position = subtree.targets[0].position if subtree.targets else 0

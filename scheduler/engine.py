@@ -139,6 +139,8 @@ class Engine:
             MemoryBudgetError: the host, its budget or the device has too little.
         """
         blocks_bytes = sum(plan.layout.blocks)
+        if delivers:  # a consumer takes them; only so many are there at once
+            blocks_bytes = min(blocks_bytes, self.budget.limit_bytes)
         if backend.lands:
             self._check_fits("host memory", blocks_bytes, available_bytes())
         elif backend.device.type not in ("meta", "cpu"):
@@ -148,7 +150,7 @@ class Engine:
             return
         if delivers and backend.lands:  # blocks that wait for their consumer need the other half of the budget
             left_bytes = self.budget.left_bytes
-            room_bytes = left_bytes - max(left_bytes // 2, max(plan.layout.blocks))
+            room_bytes = left_bytes - max([left_bytes // 2, *plan.layout.blocks])
             num_slots = min(num_slots, max(1, room_bytes // self.ring.slot_bytes))
         segments = self.ring.grow(num_slots)
         if self.ring.statistics().num_slots == self.ring.statistics().num_written_off:

@@ -434,7 +434,7 @@ async def test_integrity_error_says_what_of_a_materialised_model_was_written(fol
 
 async def test_failed_load_keeps_neither_model_nor_tensors_alive(folder: Path) -> None:
     model, meddling = make_model("meta"), Meddling(lambda: os.truncate(folder / SECOND, 50), before=3)
-    with pytest.raises(ws.ReadError):
+    with leaves_nothing(), pytest.raises(ws.ReadError):
         await load_meddled(model, folder, meddling)
     left = weakref.ref(model)
     del model

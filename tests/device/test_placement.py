@@ -107,9 +107,7 @@ async def test_unexpected_keys(rig: Rig, tmp_path: Path, where: str, strict: boo
 
 async def test_lazy_module_is_refused(rig: Rig, tmp_path: Path, where: str) -> None:
     model = nn.Sequential(nn.LazyLinear(2, device=where))
-    error = await refused(
-        rig, tmp_path, model, random_tensors({"0.weight": (2, 3), "0.bias": (2,)}), PlacementError
-    )
+    error = await refused(rig, tmp_path, model, random_tensors({"0.weight": (2, 3), "0.bias": (2,)}), PlacementError)
     assert error.tensor == "0.weight"
     assert "lazy" in str(error)
 
@@ -117,26 +115,24 @@ async def test_lazy_module_is_refused(rig: Rig, tmp_path: Path, where: str) -> N
 class Wrapped(torch.Tensor):
     """A tensor subclass as quantisation libraries make them: what it looks like is not what it stores."""
 
-    @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> Wrapped:  # noqa: PYI034
-        made: Wrapped = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # torch has no stub for it
-            cls, inner.shape, dtype=inner.dtype, device=inner.device
-        )
-        return made
-
-    def __init__(self, inner: torch.Tensor) -> None:
-        self.inner = inner
+    inside: torch.Tensor
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def around(cls, inside: torch.Tensor) -> Wrapped:
+        made: Wrapped = torch.Tensor._make_wrapper_subclass(cls, inside.shape, dtype=inside.dtype, device=inside.device)
+        made.inside = inside
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # torch's stub has an instance method
         if func is torch.ops.aten.detach.default:
-            return cls(args[0].inner)
+            return cls.around(args[0].inside)
         raise NotImplementedError(func)
 
 
 async def test_tensor_subclass_is_refused_by_name(rig: Rig, tmp_path: Path, where: str) -> None:
     model = nn.Module()
-    model.weight = nn.Parameter(Wrapped(torch.zeros(2, 3, device=where)), requires_grad=False)
+    model.weight = nn.Parameter(Wrapped.around(torch.zeros(2, 3, device=where)), requires_grad=False)
     error = await refused(rig, tmp_path, model, random_tensors({"weight": (2, 3)}), PlacementError)
     assert error.tensor == "weight"
     assert f"{__name__}.Wrapped" in str(error)
@@ -161,10 +157,10 @@ async def test_own_buffer_with_storage_is_left_alone(rig: Rig, tmp_path: Path) -
 
 def pretending(model: nn.Module, **devices: str) -> nn.Module:
     """A model that says its parameters lie on devices that this machine does not have."""
-    real = {name: parameter for name, parameter in model.named_parameters()}  # noqa: C416
-    for name in devices:
+    real = dict(model.named_parameters())
+    for name, device in devices.items():
         owner, _, key = name.rpartition(".")
-        fake = SimpleNamespace(device=torch.device(devices[name]), is_meta=False, dtype=real[name].dtype)
+        fake = SimpleNamespace(device=torch.device(device), is_meta=False, dtype=real[name].dtype)
         fake.shape = real[name].shape
         model.get_submodule(owner)._parameters[key] = fake  # type: ignore[assignment]  # that is the trick
     return model
@@ -172,13 +168,13 @@ def pretending(model: nn.Module, **devices: str) -> nn.Module:
 
 def test_several_devices_are_refused() -> None:
     model = pretending(nn.Linear(3, 2), weight="cuda:0")
-    with pytest.raises(PlacementError, match="several devices"):
+    with pytest.raises(PlacementError, match="another device than the rest"):
         match(model, {}, DeviceConfig(), torch.device("cpu"))
 
 
 def test_target_that_disagrees_is_refused() -> None:
     model = nn.Linear(3, 2)
-    with pytest.raises(PlacementError, match="another device than the target") as caught:
+    with pytest.raises(PlacementError, match="another device than the rest") as caught:
         match(model, {}, DeviceConfig(target="cuda:1"), torch.device("cuda:1"))
     assert (caught.value.tensor, caught.value.expected, caught.value.actual) == ("weight", "cuda:1", "cpu")
 

@@ -138,31 +138,34 @@ class TestVirtualClock:
 
     def test_notified_waiter_counts_as_running_before_it_wakes(self) -> None:
         """Else time could jump to the other thread's timer between the notification and the wake-up."""
-        for _ in range(50):
-            clock = VirtualClock()
-            condition = clock.condition()
-            is_ready = False
-            seen: list[float] = []
+        assert [self._time_of_wake_up() for _ in range(50)] == [1] * 50
 
-            def wait(clock: VirtualClock = clock, seen: list[float] = seen) -> None:
-                with condition:
-                    while not is_ready:
-                        condition.wait()
-                    seen.append(clock.now())
+    @staticmethod
+    def _time_of_wake_up() -> float:
+        clock = VirtualClock()
+        condition = clock.condition()
+        is_ready = False
+        seen: list[float] = []
 
-            def notify(clock: VirtualClock = clock) -> None:
-                nonlocal is_ready
-                clock.sleep(1)
-                with condition:
-                    is_ready = True
-                    condition.notify_all()
-                clock.sleep(100)  # blocks at once: the waiter alone keeps time from going on
+        def wait() -> None:
+            with condition:
+                while not is_ready:
+                    condition.wait()
+                seen.append(clock.now())
 
-            with clock.participate():
-                threads = [clock.spawn(wait, "waiter"), clock.spawn(notify, "notifier")]
-            for thread in threads:
-                thread.join()
-            assert seen == [1]
+        def notify() -> None:
+            nonlocal is_ready
+            clock.sleep(1)
+            with condition:
+                is_ready = True
+                condition.notify_all()
+            clock.sleep(100)  # blocks at once: the waiter alone keeps time from going on
+
+        with clock.participate():
+            threads = [clock.spawn(wait, "waiter"), clock.spawn(notify, "notifier")]
+        for thread in threads:
+            thread.join()
+        return seen[0]
 
     def test_waiters_for_one_moment_wake_one_at_a_time_in_order(self) -> None:
         clock = VirtualClock()

@@ -278,7 +278,7 @@ ONE_FIELD_TWICE = '{"dtype":"F32","shape":[2],"shape":[2],"data_offsets":[0,8]}'
         pytest.param(
             f'{{"__metadata__":{{}},"a":{F32},"_\\u005fmetadata__":{{}}}}', "__metadata__", id="metadata, once escaped"
         ),
-        # Refused, though maybe for the other reason: quotes that are missing in one place must not make up for those that are too many in another.
+        # Refused for the one reason or the other: quotes that are missing must not make up for those that are too many.
         pytest.param(f'{{"a":{ONE_FIELD_TWICE},"b":{{"dtype":"U8","shape":[0]}}}}', "shape", id="and a field missing"),
         pytest.param(f'{{"a":{F32},"a":{F32},"b":{{}}}}', "a", id="and an entry empty"),
         pytest.param(f'{{"a":{F32},"a":{F32},"b":null}}', "a", id="and an entry null"),

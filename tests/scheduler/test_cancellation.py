@@ -62,7 +62,7 @@ def assert_no_tasks() -> None:
 
 async def until_stopped(handle: LoadHandle) -> None:
     """Let the event loop run until the load has been asked to end. Nothing public says so."""
-    while handle._job._stop is None:
+    while handle._job._stop is None:  # noqa: ASYNC110 - there is no event to wait for
         await asyncio.sleep(0)
 
 
@@ -185,7 +185,7 @@ async def test_leaving_the_loader_cancels_what_runs(rig: Rig, saved: Saved) -> N
 async def test_exception_inside_the_loader_passes_through(rig: Rig, saved: Saved) -> None:
     _, path = saved
     model = on_meta()
-    with leaves_nothing(), pytest.raises(ZeroDivisionError):
+    with leaves_nothing(), pytest.raises(ZeroDivisionError):  # noqa: PT012 - it is raised inside
         async with rig.loader() as loader:
             await loader.start(model, path)
             raise ZeroDivisionError
@@ -357,7 +357,7 @@ class TestStuckRead:
 
 class TestTimeout:
     async def test_ends_the_load(self, rig: Rig, saved: Saved, make_rig: MakeRig) -> None:
-        tensors, path = saved
+        _, path = saved
         slow = make_rig(rig.device, io=rig.io, read_bytes_per_s=64 * KIB * 4)  # a chunk takes 0.25 s at most
         model = on_meta()
         before = contents(model)
@@ -417,7 +417,7 @@ class TestMisuse:
                     code = 42 if "forked" in str(error) else 2
                 finally:
                     os._exit(code)
-            _, status = os.waitpid(child, 0)
+            _, status = os.waitpid(child, 0)  # noqa: ASYNC222 - it ends at once
             assert os.waitstatus_to_exitcode(status) == 42
             model = on_meta()
             await loader.load(model, path)  # the parent's loader is as good as before

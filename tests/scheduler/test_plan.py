@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Literal
 
@@ -22,16 +23,20 @@ BLOCK = 8192
 #: Stored dtype and the model's, the number of elements, the mode, whether a tensor that nobody wants comes before.
 Wanted = tuple[torch.dtype, torch.dtype, int, Mode, bool]
 
-kinds = st.sampled_from([
-    (torch.uint8, torch.uint8),
-    (torch.float32, torch.float32),
-    (torch.float32, torch.float16),
-    (torch.bfloat16, torch.float64),
-])
+kinds = st.sampled_from(
+    [
+        (torch.uint8, torch.uint8),
+        (torch.float32, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.float64),
+    ]
+)
 tensors = st.lists(
     st.tuples(
         kinds,
-        st.one_of(st.integers(0, 300), st.sampled_from([255, 256, 257, 511, 512, 1024, 2047, 2048]), st.integers(0, 6000)),
+        st.one_of(
+            st.integers(0, 300), st.sampled_from([255, 256, 257, 511, 512, 1024, 2047, 2048]), st.integers(0, 6000)
+        ),
         st.sampled_from(["adopt", "fill", "stage"]),
         st.sampled_from([False, False, False, True]),
     ).map(lambda one: (*one[0], *one[1:])),
@@ -78,7 +83,7 @@ options = {"lands": st.booleans(), "isolate_large": st.booleans(), "order": st.s
 def test_chunks_cover_every_wanted_byte_once(wanted: list[Wanted], **options: bool) -> None:
     plan, specs, _ = plan_of(wanted, **options)  # type: ignore[arg-type]
     covered = sorted((chunk.source.shard, chunk.source.begin, chunk.source.end) for chunk in plan.chunks)
-    for (shard, _, end), (next_shard, begin, _) in zip(covered, covered[1:], strict=False):
+    for (shard, _, end), (next_shard, begin, _) in itertools.pairwise(covered):
         assert shard < next_shard or end <= begin
     for spec in specs:
         inside = [
@@ -135,7 +140,7 @@ def test_every_tensor_begins_on_256_bytes_and_overlaps_no_other(wanted: list[Wan
     for block, ranges in used.items():
         assert len(ranges) == layout.members[block]
         assert max(end for _, end in ranges) <= layout.blocks[block]
-        for (_, end), (begin, _) in zip(sorted(ranges), sorted(ranges)[1:], strict=False):
+        for (_, end), (begin, _) in itertools.pairwise(sorted(ranges)):
             assert end <= begin
 
 

@@ -17,7 +17,29 @@ from weightstream.config import LoaderConfig
 from weightstream.scheduler.report import LoadReport
 
 #: From the contract, in its order. Programs read these.
-KEYS = ["checkpoint", "strategy", "reason", "device", "dtype", "num_tensors", "num_shards", "num_bytes", "wall_s", "throughput_bytes_per_s", "phases", "overlap", "host_peak_bytes", "pinned_bytes", "device_peak_bytes", "num_copies", "num_retries", "fallbacks", "missing_keys", "unexpected_keys", "verified"]
+KEYS = [
+    "checkpoint",
+    "strategy",
+    "reason",
+    "device",
+    "dtype",
+    "num_tensors",
+    "num_shards",
+    "num_bytes",
+    "wall_s",
+    "throughput_bytes_per_s",
+    "phases",
+    "overlap",
+    "host_peak_bytes",
+    "pinned_bytes",
+    "device_peak_bytes",
+    "num_copies",
+    "num_retries",
+    "fallbacks",
+    "missing_keys",
+    "unexpected_keys",
+    "verified",
+]
 
 PHASES = ["preflight", "disk", "copy", "bind", "other"]
 

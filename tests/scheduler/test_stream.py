@@ -135,7 +135,7 @@ async def test_tensor_larger_than_host_memory_names_what_it_needs(make_rig: Make
     tensors = {"small": torch.zeros(8), "large": torch.rand(100 * KIB)}
     path = write_in_order(tmp_path, tensors)
     async with make_rig("host").loader(num_slots=2) as loader:
-        with pytest.raises(MemoryBudgetError, match="prefetch.host_memory to 409600 bytes") as caught:
+        with pytest.raises(MemoryBudgetError, match=r"prefetch\.host_memory to 409600 bytes") as caught:
             async for _ in loader.stream(path):
                 pass
     assert caught.value.expected == "409600 bytes"

@@ -1,0 +1,405 @@
+"""Parameters take what was loaded and stay what they are: objects, classes, attributes, ties."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.builders import assert_same, bytes_of, random_tensors, write_in_order
+from tests.fakes.rig import Rig
+from tests.models import SmallNet, tensors_of
+from weightstream.errors import (
+    DtypeMismatchError,
+    MissingKeysError,
+    PlacementError,
+    ReadError,
+    ShapeMismatchError,
+    UnexpectedKeysError,
+)
+from weightstream.scheduler.report import LoadReport
+
+
+async def load(rig: Rig, folder: Path, model: nn.Module, tensors: dict[str, torch.Tensor], **device: Any) -> LoadReport:
+    path = write_in_order(folder / "checkpoint", tensors)
+    async with rig.loader(num_slots=4, **device) as loader:
+        return await loader.load(model, path)
+
+
+def assert_loaded(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    state = model.state_dict()
+    assert state.keys() == tensors.keys()
+    for name, tensor in state.items():
+        assert_same(tensor, tensors[name])
+
+
+@pytest.fixture(params=["meta", "cpu"], ids=["adopt", "in-place"])
+def where(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def small_net(where: str) -> SmallNet:
+    with torch.device(where):
+        return SmallNet()
+
+
+async def test_every_tensor_has_its_bytes(rig: Rig, tmp_path: Path, where: str) -> None:
+    model = small_net(where)
+    tensors = tensors_of(model)
+    report = await load(rig, tmp_path, model, tensors)
+    assert_loaded(model, tensors)
+    assert report.fallbacks == ()
+
+
+async def test_tensor_with_storage_is_written_to_where_it_is(rig: Rig, tmp_path: Path) -> None:
+    model = small_net("cpu")
+    before = {name: (tensor, tensor.data_ptr()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    await load(rig, tmp_path, model, tensors_of(model))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert (tensor, tensor.data_ptr()) == before[name] or (tensor is before[name][0])
+        assert tensor.data_ptr() == before[name][1]
+
+
+async def test_adopted_tensors_begin_on_256_bytes(rig: Rig, tmp_path: Path) -> None:
+    model = small_net("meta")
+    await load(rig, tmp_path, model, tensors_of(model))
+    for name, tensor in model.state_dict().items():
+        assert tensor.data_ptr() % 256 == 0, name
+        assert tensor.is_contiguous()
+
+
+async def test_large_tensor_has_storage_of_its_own_and_small_ones_share(rig: Rig, tmp_path: Path) -> None:
+    model = small_net("meta")
+    await load(rig, tmp_path, model, tensors_of(model))
+    large = model.large.weight
+    assert large.untyped_storage().nbytes() - large.nbytes < 256
+    shared = {layer.untyped_storage().data_ptr() for layer in model.layers.parameters()}
+    assert len(shared) == 1
+    assert large.untyped_storage().data_ptr() not in shared
+
+
+async def test_class_attributes_and_requires_grad_are_kept(rig: Rig, tmp_path: Path, where: str) -> None:
+    class Marked(nn.Parameter):
+        """As some libraries make them, to say how to split a weight."""
+
+    model = nn.Linear(3, 2, device=where)
+    model.weight = Marked(torch.zeros(2, 3, device=where), requires_grad=False)
+    model.weight.__dict__["rows_per_rank"] = 2
+    model.bias.__dict__["scale"] = 3
+    tensors = random_tensors({"weight": (2, 3), "bias": (2,)})
+    await load(rig, tmp_path, model, tensors)
+    assert type(model.weight) is Marked
+    assert type(model.bias) is nn.Parameter
+    assert (vars(model.weight), model.weight.requires_grad) == ({"rows_per_rank": 2}, False)
+    assert (vars(model.bias), model.bias.requires_grad, model.bias.is_leaf) == ({"scale": 3}, True, True)
+    assert_loaded(model, tensors)
+
+
+async def test_who_holds_a_parameter_holds_the_loaded_one(rig: Rig, tmp_path: Path, where: str) -> None:
+    model = nn.Linear(3, 2, device=where)
+    held = dict(model.named_parameters())
+    tensors = random_tensors({"weight": (2, 3), "bias": (2,)})
+    await load(rig, tmp_path, model, tensors)
+    for name, parameter in held.items():
+        assert model.get_parameter(name) is parameter
+        assert_same(parameter, tensors[name])
+
+
+async def test_version_counters_are_independent(rig: Rig, tmp_path: Path, where: str) -> None:
+    model = small_net(where)
+    await load(rig, tmp_path, model, tensors_of(model))
+    versions = {name: parameter._version for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        model.get_parameter("layers.0.weight").add_(1)
+    for name, parameter in model.named_parameters():
+        assert parameter._version == versions[name] + (name == "layers.0.weight")
+
+
+async def test_loaded_model_can_be_trained(rig: Rig, tmp_path: Path, where: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4, device=where), nn.Linear(4, 2, device=where))
+    tensors = random_tensors({"0.weight": (4, 3), "0.bias": (4,), "1.weight": (2, 4), "1.bias": (2,)})
+    await load(rig, tmp_path, model, tensors)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = model(torch.ones(1, 3)).sum()
+    with torch.no_grad():
+        model.get_parameter("0.bias").add_(
+            0
+        )  # a neighbour in the same block; autograd must not take it for a change of the others
+    loss.backward()
+    optimizer.step()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+    assert bytes_of(model.get_parameter("1.bias")) != bytes_of(tensors["1.bias"])
+
+
+class TestTies:
+    class Tied(nn.Module):
+        """A head that shares the embedding's weight."""
+
+        def __init__(self, where: str) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(30, 8, device=where)
+            self.norm = nn.LayerNorm(8, device=where)
+            self.head = nn.Linear(8, 30, bias=False, device=where)
+            self.head.weight = self.embed.weight
+
+    @pytest.mark.parametrize("names", [["embed"], ["head"], ["embed", "head"], ["head", "embed"]], ids="-and-".join)
+    async def test_all_names_go_on_sharing_one(self, rig: Rig, tmp_path: Path, where: str, names: list[str]) -> None:
+        model = self.Tied(where)
+        rest = random_tensors({"norm.weight": (8,), "norm.bias": (8,)})
+        weight = torch.rand(30, 8)
+        report = await load(rig, tmp_path, model, rest | {f"{name}.weight": weight for name in names})
+        assert model.head.weight is model.embed.weight
+        assert_same(model.head.weight, weight)
+        assert (report.missing_keys, report.unexpected_keys) == ((), ())
+
+    async def test_both_names_are_ready_with_one(self, rig: Rig, tmp_path: Path, where: str) -> None:
+        model = self.Tied(where)
+        tensors = random_tensors({"norm.weight": (8,), "norm.bias": (8,), "head.weight": (30, 8)})
+        path = write_in_order(tmp_path / "c", tensors)
+        async with rig.loader() as loader:
+            handle = await loader.start(model, path)
+            await handle.ready("embed")
+            await handle.ready("head.weight")
+            assert handle.progress.total_tensors == 4
+
+    async def test_different_bytes_under_two_names_are_refused(self, rig: Rig, tmp_path: Path, where: str) -> None:
+        model = self.Tied(where)
+        before = dict(model.named_parameters())
+        shapes = {"norm.weight": (8,), "norm.bias": (8,), "embed.weight": (30, 8), "head.weight": (30, 8)}
+        with pytest.raises(PlacementError, match="ties this tensor") as caught:
+            await load(rig, tmp_path, model, random_tensors(shapes))
+        assert caught.value.tensor == "head.weight"
+        for name, parameter in model.named_parameters():
+            assert parameter is before[name]
+            assert parameter.is_meta == (where == "meta")
+        assert model.head.weight is model.embed.weight
+        assert bool(caught.value.partly_written) == (where == "cpu")
+
+    async def test_cast_doubles_are_compared_after_the_cast(self, rig: Rig, tmp_path: Path, where: str) -> None:
+        model = self.Tied(where)
+        weight = torch.rand(30, 8).bfloat16()
+        tensors = random_tensors({"norm.weight": (8,), "norm.bias": (8,)})
+        await load(rig, tmp_path, model, tensors | {"embed.weight": weight, "head.weight": weight.float()})
+        assert_same(model.head.weight, weight.float())
+
+
+def before_loading(module: nn.Module, hook: Callable[..., None]) -> None:
+    register: Callable[..., object] = module.register_load_state_dict_pre_hook  # torch gives it no types
+    register(hook)
+
+
+class TestModulesThatLoadThemselves:
+    async def test_batch_norm(self, rig: Rig, tmp_path: Path, where: str) -> None:
+        model = nn.Sequential(nn.Conv2d(1, 4, 3, device=where), nn.BatchNorm2d(4, device=where))
+        tensors = tensors_of(model)
+        held = model[1].weight
+        report = await load(rig, tmp_path, model, tensors)
+        assert_loaded(model, tensors)
+        assert model[1].weight is held
+        assert isinstance(held, nn.Parameter)
+        assert held.requires_grad
+        assert any("1 (BatchNorm2d)" in fallback for fallback in report.fallbacks)
+
+    async def test_batch_norm_in_another_float(self, rig: Rig, tmp_path: Path, where: str) -> None:
+        model = nn.BatchNorm1d(4, device=where)
+        tensors = tensors_of(model, dtype=torch.bfloat16)
+        await load(rig, tmp_path, model, tensors)
+        for name, tensor in model.state_dict().items():
+            assert_same(tensor, tensors[name].to(tensor.dtype))
+
+    async def test_batch_norm_is_checked_beforehand(self, rig: Rig, tmp_path: Path, where: str) -> None:
+        model = nn.BatchNorm1d(4, device=where)
+        with pytest.raises(ShapeMismatchError):
+            await load(rig, tmp_path, model, tensors_of(nn.BatchNorm1d(5)))
+        tensors = tensors_of(model) | {"weight": torch.zeros(4, dtype=torch.float8_e4m3fn)}
+        with pytest.raises(DtypeMismatchError):
+            await load(rig, tmp_path, model, tensors)
+        assert rig.disk.num_begun == 0
+
+    class Fused(nn.Module):
+        """Takes `query` and `key` and keeps them as one, as attention modules do."""
+
+        def __init__(self, where: str) -> None:
+            super().__init__()
+            self.both = nn.Parameter(torch.zeros(6, 4, device=where))
+            before_loading(self, self._fuse)
+
+        @staticmethod
+        def _fuse(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+            parts = [state.pop(f"{prefix}{name}", None) for name in ("query", "key")]
+            if all(part is not None for part in parts):
+                state[f"{prefix}both"] = torch.cat(parts)
+
+    async def test_pre_hook_that_renames_and_joins(self, rig: Rig, tmp_path: Path, where: str) -> None:
+        model = nn.Sequential(nn.Linear(4, 4, device=where), self.Fused(where))
+        shapes = {"0.weight": (4, 4), "0.bias": (4,), "1.query": (3, 4), "1.key": (3, 4)}
+        tensors = random_tensors(shapes)
+        report = await load(rig, tmp_path, model, tensors)
+        assert_same(model.get_parameter("1.both"), torch.cat([tensors["1.query"], tensors["1.key"]]))
+        assert_same(model.get_parameter("0.weight"), tensors["0.weight"])
+        assert "Fused)" in report.fallbacks[0]
+        assert isinstance(model[1].both, nn.Parameter)
+
+    async def test_pre_hook_that_slices(self, rig: Rig, tmp_path: Path, where: str) -> None:
+        model = nn.Linear(4, 2, bias=False, device=where)
+        before_loading(
+            model, lambda module, state, prefix, *_: state.update({f"{prefix}weight": state[f"{prefix}weight"][2:4]})
+        )
+        tensors = random_tensors({"weight": (6, 4)})
+        await load(rig, tmp_path, model, tensors)
+        assert_same(model.weight, tensors["weight"][2:4])
+
+    async def test_what_the_module_misses_is_an_error(self, rig: Rig, tmp_path: Path, where: str) -> None:
+        model = self.Fused(where)
+        with pytest.raises(MissingKeysError, match="both"):
+            await load(rig, tmp_path, model, random_tensors({"query": (3, 4)}))
+        with pytest.raises(UnexpectedKeysError, match="value"):
+            await load(rig, tmp_path, model, random_tensors({"both": (6, 4), "value": (1,)}))
+        assert model.both.is_meta == (where == "meta")
+
+    async def test_hook_that_fails_is_named_and_undone(self, rig: Rig, tmp_path: Path, where: str) -> None:
+        def fail(*_: Any) -> None:
+            raise KeyError("no such thing")
+
+        model = nn.Sequential(nn.Linear(2, 2, device=where), nn.Linear(2, 2, device=where))
+        before_loading(model[1], fail)
+        before = dict(model.named_parameters())
+        with pytest.raises(PlacementError, match="no such thing") as caught:
+            await load(rig, tmp_path, model, tensors_of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))))
+        assert caught.value.tensor == "1"
+        for name, parameter in model.named_parameters():
+            assert parameter is before[name]
+            assert parameter.is_meta == (where == "meta")
+
+    async def test_extra_state(self, rig: Rig, tmp_path: Path, where: str) -> None:
+        class WithState(nn.Module):
+            """Keeps something besides parameters."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.zeros(3, device=where))
+                self.scale = 0.0
+
+            def get_extra_state(self) -> torch.Tensor:
+                return torch.tensor(self.scale)
+
+            def set_extra_state(self, state: torch.Tensor) -> None:
+                self.scale = float(state)
+
+        model = nn.Sequential(WithState())
+        tensors = {"0.weight": torch.rand(3), "0._extra_state": torch.tensor(2.5)}
+        await load(rig, tmp_path, model, tensors)
+        assert model[0].scale == 2.5
+        assert_same(model.get_parameter("0.weight"), tensors["0.weight"])
+
+    async def test_post_hook_is_called(self, rig: Rig, tmp_path: Path, where: str) -> None:
+        calls: list[Any] = []
+        model = nn.Sequential(nn.Linear(2, 2, device=where))
+        register: Callable[..., object] = model[0].register_load_state_dict_post_hook
+        register(lambda module, keys: calls.append(module))
+        tensors = random_tensors({"0.weight": (2, 2), "0.bias": (2,)})
+        await load(rig, tmp_path, model, tensors)
+        assert calls == [model[0]]
+        assert_loaded(model, tensors)
+
+
+async def test_lstm_computes_with_what_was_loaded(rig: Rig, tmp_path: Path, where: str) -> None:
+    """It keeps its weights in a second list of its own."""
+    model = nn.LSTM(3, 4, num_layers=2, device=where)
+    tensors = tensors_of(model)
+    await load(rig, tmp_path, model, tensors)
+    for name, weight in zip(model._flat_weights_names, model._flat_weights, strict=True):
+        assert getattr(model, name) is weight
+    reference = nn.LSTM(3, 4, num_layers=2)
+    reference.load_state_dict(tensors)
+    data = torch.rand(5, 3)
+    assert_same(model(data)[0], reference(data)[0])
+
+
+async def test_parameter_that_is_not_contiguous_is_filled(rig: Rig, tmp_path: Path) -> None:
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+    weight = model.weight
+    assert not weight.is_contiguous()
+    strides, address = weight.stride(), weight.data_ptr()
+    tensors = random_tensors({"weight": (4, 3, 3, 3), "bias": (4,)})
+    await load(rig, tmp_path, model, tensors)
+    assert (weight.stride(), weight.data_ptr()) == (strides, address)
+    assert_loaded(model, tensors)
+
+
+async def test_rollback_gives_back_what_was_on_meta_with_its_strides(rig: Rig, tmp_path: Path) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, device="meta"), nn.Linear(2, 2, device="meta"), nn.BatchNorm1d(3, device="meta")
+    )
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as above
+    model[1].weight.requires_grad_(False)
+    described = {
+        name: (tensor, tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+    }
+    tensors = tensors_of(model)
+    path = write_in_order(tmp_path / "c", tensors, num_shards=2)
+    rig.disk.fail_at(1, ReadError("broken"))
+    async with rig.loader(workers=1) as loader:
+        with pytest.raises(ReadError):
+            await loader.load(model, path)
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            assert tensor is described[name][0]
+            assert (tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad) == described[name][1:]
+            assert tensor.is_meta
+        await loader.load(model, path)
+    assert_loaded(model, tensors)
+
+
+async def test_buffers_are_loaded_and_stay_buffers(rig: Rig, tmp_path: Path, where: str) -> None:
+    model = nn.Module()
+    model.register_buffer("kept", torch.zeros(3, device=where))
+    model.register_buffer("own", torch.ones(2), persistent=False)
+    model.register_buffer("none", None)
+    tensors = random_tensors({"kept": (3,)})
+    await load(rig, tmp_path, model, tensors)
+    assert_same(model.kept, tensors["kept"])  # type: ignore[arg-type]  # a buffer
+    assert not isinstance(model.kept, nn.Parameter)
+    assert dict(model.named_buffers()).keys() == {"kept", "own"}
+    assert_loaded(model, tensors)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 5), (1,), (1, 1, 1)], ids=str)
+async def test_odd_shapes(rig: Rig, tmp_path: Path, where: str, shape: tuple[int, ...]) -> None:
+    model = nn.Module()
+    model.odd = nn.Parameter(torch.zeros(shape, device=where))
+    model.even = nn.Parameter(torch.zeros(7, device=where))
+    tensors = random_tensors({"odd": shape, "even": (7,)})
+    await load(rig, tmp_path, model, tensors)
+    assert_loaded(model, tensors)
+
+
+async def test_checkpoint_of_empty_tensors_alone(rig: Rig, tmp_path: Path, where: str) -> None:
+    model = nn.Module()
+    model.nothing = nn.Parameter(torch.zeros(0, 3, device=where))
+    held = model.nothing
+    await load(rig, tmp_path, model, {"nothing": torch.zeros(0, 3)})
+    assert model.nothing is held
+    assert not held.is_meta
+
+
+async def test_model_is_loaded_again_in_place(rig: Rig, tmp_path: Path) -> None:
+    model = small_net("meta")
+    await load(rig, tmp_path / "1", model, tensors_of(model, seed=1))
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    tensors = tensors_of(model, seed=2)
+    await load(rig, tmp_path / "2", model, tensors)
+    assert_loaded(model, tensors)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+
+
+async def test_saved_large_tensor_brings_no_block_along(rig: Rig, tmp_path: Path) -> None:
+    model = small_net("meta")
+    await load(rig, tmp_path, model, tensors_of(model))
+    torch.save(model.large.weight, tmp_path / "large.pt")
+    assert (tmp_path / "large.pt").stat().st_size < model.large.weight.nbytes + 4096
