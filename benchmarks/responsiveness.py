@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import hashlib
 import mmap
 import statistics
 import tempfile
@@ -63,15 +64,14 @@ def fresh_model() -> nn.Module:
 
 
 async def load_beside_busy_loop(loader: Loader, path: Path, busy_s: float) -> LoadReport:
-    handle_task = asyncio.create_task(loader.load(fresh_model(), path))
+    """Load while the loop's thread hashes something: busy, as native code is, without the interpreter's lock."""
+    model, data = fresh_model(), bytes(2**26)
+    load = asyncio.create_task(loader.load(model, path))
     await asyncio.sleep(0.005)  # the load has begun
     until = time.perf_counter() + busy_s
-    with memoryview(bytearray(2**26)) as data:  # busy, but as native code is: without the interpreter's lock
-        import hashlib  # noqa: PLC0415
-
-        while time.perf_counter() < until:
-            hashlib.sha256(data)
-    return await handle_task
+    while time.perf_counter() < until:
+        hashlib.sha256(data)
+    return await load
 
 
 async def measure(path: Path, runs: int) -> None:

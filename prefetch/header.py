@@ -97,7 +97,8 @@ class _StrictEntry(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=
 
 
 class _Metadata(msgspec.Struct, gc=False):
-    metadata: msgspec.Raw | None = msgspec.field(name="__metadata__", default=None)
+    # Not `Raw | None`: in a union msgspec takes Raw for no type at all, and refuses everything but null.
+    metadata: msgspec.Raw = msgspec.field(name="__metadata__", default=msgspec.Raw())
 
 
 _decode_entries = msgspec.json.Decoder(dict[str, _Entry]).decode
@@ -230,17 +231,19 @@ def _decode_header(raw: bytes) -> dict[str, _Entry]:
     """
     try:
         entries = _decode_entries(raw)
-        metadata = _decode_metadata(raw).metadata
+        metadata = bytes(_decode_metadata(raw).metadata)
     except msgspec.ValidationError:  # metadata may have members that are named like fields
         return _decode_slowly(raw)
     quotes = 0
-    if metadata is not None:
+    if metadata:
         parse_string_mapping(metadata)
         entries.pop("__metadata__", None)
-        quotes = 2 + bytes(metadata).count(b'"')
+        quotes = 2 + metadata.count(b'"')
     if b"\\" in raw or raw.count(b'"') != quotes + _QUOTES_PER_ENTRY * len(entries) or _has_minus_zero(raw):
         return _decode_slowly(raw)
-    if any(not entry.dtype or entry.shape is _NO_SHAPE or entry.data_offsets is _NO_OFFSETS for entry in entries.values()):
+    if any(
+        not entry.dtype or entry.shape is _NO_SHAPE or entry.data_offsets is _NO_OFFSETS for entry in entries.values()
+    ):
         return _decode_slowly(raw)
     return entries
 

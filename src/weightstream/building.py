@@ -76,7 +76,7 @@ def build_model(spec: str, checkpoint: Path, device: torch.device) -> nn.Module:
         pass  # some callables have no signature to look at
     try:
         model = builder()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BuildError(f"model: {spec} failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"model: {spec} must return a torch.nn.Module, found {type(model).__qualname__}")
@@ -89,7 +89,7 @@ def _find(spec: str) -> object:
         sys.path.insert(0, os.getcwd())  # noqa: PTH109
     try:
         found: object = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise ConfigurationError(
                 f"model: there is no module {error.name!r} here or among the installed packages"

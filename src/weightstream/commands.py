@@ -44,10 +44,8 @@ def run(args: Sequence[str], shutdown: Shutdown | None = None) -> int:
     session = _Session(shutdown or Shutdown())
     try:
         result: object = _weightstream.main(list(args), prog_name="weightstream", standalone_mode=False, obj=session)
-    except SystemExit as exit_:
-        if not isinstance(exit_.__context__, BrokenPipeError):
-            raise
-        return DONE  # click thinks otherwise, but whoever reads our output has had enough
+    except SystemExit:  # click's way to say that whoever reads our output has had enough
+        return DONE
     except Exception as error:  # noqa: BLE001 - the outermost border: users get a sentence, and with -v the traceback
         return explain(error, file=session.config_file, verbose=session.verbose)
     return result if isinstance(result, int) else DONE  # click returns the code of --help and --version

@@ -64,7 +64,7 @@ class Meter:
         now_s = time.monotonic()
         self.done_bytes, self.total_bytes = done_bytes, total_bytes
         self._samples.append((now_s, done_bytes))
-        while len(self._samples) > 2 and self._samples[1][0] < now_s - _WINDOW_S:
+        while len(self._samples) > 2 and self._samples[1][0] <= now_s - _WINDOW_S:
             self._samples.popleft()
         if done_bytes == total_bytes and self._end_s is None:
             self._end_s = now_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,15 +18,32 @@ if TYPE_CHECKING:
 
 __all__ = ["print_checkpoint", "print_facts", "print_report", "shell_path"]
 
-_LABEL_WIDTH = 13
+#: Where texts begin, behind their labels.
+_INDENT = 16
 _LARGEST = 5
 
 
 def print_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
-    """Print lines of a label and a text. Long ones are left to the terminal, so that paths can be copied."""
+    """Print lines of a label and a text."""
     for label, text in facts:
-        line = Text(f"  {label:<{_LABEL_WIDTH}}", style="dim")
-        console.print(line.append(text, style="not dim"), soft_wrap=True)
+        first, *rest = _wrapped(console, text, _INDENT)
+        line = Text(f"  {label:<{_INDENT - 2}}", style="dim")
+        console.print(line.append(first, style="not dim"), soft_wrap=True)
+        for more in rest:
+            console.print(" " * _INDENT + more, soft_wrap=True, markup=False, highlight=False)
+
+
+def _print_title(console: Console, text: str) -> None:
+    for line in _wrapped(console, text, 0):
+        console.print(Text(line, style="bold"), soft_wrap=True)
+
+
+def _wrapped(console: Console, text: str, indent: int) -> list[str]:
+    """Break lines between words on a terminal. Paths stay whole, so that they can be copied, and so does other output."""
+    if not console.is_terminal:
+        return [text]
+    width = max(20, console.width - indent)
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def shell_path(path: object) -> str:
@@ -36,12 +54,9 @@ def shell_path(path: object) -> str:
 def print_report(console: Console, report: LoadReport, extra: Iterable[tuple[str, str]] = ()) -> None:
     """Print what a load did, `extra` facts about it, and where the time went."""
     is_cache = report.device == "page-cache"
-    what = f"{format_bytes(report.num_bytes)}, {report.num_tensors:,} tensors in {_count(report.num_shards, 'shard')}"
+    what = f"{format_bytes(report.num_bytes)}, {_count(report.num_tensors, 'tensor')} in {_count(report.num_shards, 'shard')}"
     done = f"Read {what}, into the page cache" if is_cache else f"Loaded {what}, onto {report.device}"
-    console.print(
-        Text(f"{done} in {report.wall_s:.2f} s: {format_rate(report.throughput_bytes_per_s)}", style="bold"),
-        soft_wrap=True,
-    )
+    _print_title(console, f"{done} in {report.wall_s:.2f} s: {format_rate(report.throughput_bytes_per_s)}")
     print_facts(console, [*_facts(report, is_cache=is_cache), *extra])
     _print_phases(console, report)
 
@@ -67,21 +82,21 @@ def _facts(report: LoadReport, *, is_cache: bool) -> Iterable[tuple[str, str]]:
         yield "retries", f"{report.num_retries} reads were repeated"
     for label, keys in (("missing", report.missing_keys), ("unexpected", report.unexpected_keys)):
         if keys:
-            yield label, f"{len(keys)} tensors: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
+            yield label, f"{_count(len(keys), 'tensor')}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
     for sentence in report.fallbacks:
         yield "note", sentence
 
 
 def _print_phases(console: Console, report: LoadReport) -> None:
     full = "█" if (console.encoding or "").lower().startswith("utf") else "#"
-    width = max(6, min(36, console.width - _LABEL_WIDTH - 22))
+    width = max(6, min(36, console.width - _INDENT - 20))
     wall_s = sum(report.phases.values()) or 1.0
     console.print()
-    console.print(Text("Where the time went", style="bold"))
+    _print_title(console, "Where the time went")
     for phase, seconds in report.phases.items():
         share = seconds / wall_s
         bar = full * (max(1, round(share * width)) if seconds else 0)
-        line = Text(f"  {phase:<{_LABEL_WIDTH}}", style="dim")
+        line = Text(f"  {phase:<{_INDENT - 2}}", style="dim")
         line.append(f"{bar:<{width}}", style="not dim cyan").append(f"{seconds:8.3f} s {share:6.1%}", style="not dim")
         console.print(line, soft_wrap=True)
 
@@ -90,8 +105,7 @@ def print_checkpoint(console: Console, checkpoint: Checkpoint) -> None:
     """Print what is in a checkpoint."""
     specs = checkpoint.tensors.values()
     shards = _count(len(checkpoint.shards), "shard")
-    title = f"{format_bytes(checkpoint.num_bytes)}, {len(specs):,} tensors in {shards}"
-    console.print(Text(title, style="bold"), soft_wrap=True)
+    _print_title(console, f"{format_bytes(checkpoint.num_bytes)}, {_count(len(specs), 'tensor')} in {shards}")
     print_facts(console, [("checkpoint", str(checkpoint.path))])
     tensors = [0] * len(checkpoint.shards)
     dtypes: dict[str, tuple[int, int]] = {}
@@ -103,13 +117,13 @@ def print_checkpoint(console: Console, checkpoint: Checkpoint) -> None:
         console,
         "Shards",
         [
-            (shard.path.name, f"{count:,} tensors", format_bytes(shard.num_bytes))
+            (shard.path.name, _count(count, "tensor"), format_bytes(shard.num_bytes))
             for shard, count in zip(checkpoint.shards, tensors, strict=True)
         ],
     )
     by_bytes = sorted(dtypes.items(), key=lambda item: -item[1][1])
     _print_table(
-        console, "Dtypes", [(dtype, f"{count:,} tensors", format_bytes(size)) for dtype, (count, size) in by_bytes]
+        console, "Dtypes", [(dtype, _count(count, "tensor"), format_bytes(size)) for dtype, (count, size) in by_bytes]
     )
     largest = sorted(specs, key=lambda spec: -spec.num_bytes)[:_LARGEST]
     rows = [
@@ -121,7 +135,7 @@ def print_checkpoint(console: Console, checkpoint: Checkpoint) -> None:
 
 def _print_table(console: Console, title: str, rows: Sequence[tuple[str, ...]]) -> None:
     console.print()
-    console.print(Text(title, style="bold"))
+    _print_title(console, title)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *rest in rows:
         cells = [f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))]

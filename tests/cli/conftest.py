@@ -58,15 +58,17 @@ class Running:
     """
 
     def __init__(self, args: list[str], prepare: str = "", environment: Mapping[str, str] | None = None) -> None:
-        program = "\n".join([
-            "import os, sys, time",
-            "def reached(): os.write(2, b'REACHED\\n')",
-            "def hang():\n    reached()\n    time.sleep(60)",
-            textwrap.dedent(prepare),
-            "from weightstream.cli import main",
-            f"sys.argv[1:] = {args!r}",
-            "main()",
-        ])
+        program = "\n".join(
+            [
+                "import os, sys, time",
+                "def reached(): os.write(2, b'REACHED\\n')",
+                "def hang():\n    reached()\n    time.sleep(60)",
+                textwrap.dedent(prepare),
+                "from weightstream.cli import main",
+                f"sys.argv[1:] = {args!r}",
+                "main()",
+            ]
+        )
         self._process = subprocess.Popen(
             [sys.executable, "-c", program],
             stdout=subprocess.PIPE,

@@ -26,7 +26,11 @@ def test_inspect_shows_shards_dtypes_and_the_largest_tensors(weightstream: Run, 
     lines = [" ".join(line.split()) for line in result.out.splitlines()]
     assert lines[0] == "16.0 kB, 4 tensors in 2 shards"
     assert f"{shard_name(1, 2)} 2 tensors {os.stat(tmp_path / shard_name(1, 2)).st_size / 1000:.1f} kB" in lines
-    assert lines[lines.index("Dtypes") + 1 :][:3] == ["F32 2 tensors 12.0 kB", "BF16 1 tensors 4.00 kB", "I64 1 tensors 24 B"]
+    assert lines[lines.index("Dtypes") + 1 :][:3] == [
+        "F32 2 tensors 12.0 kB",
+        "BF16 1 tensor 4.00 kB",
+        "I64 1 tensor 24 B",
+    ]
     assert lines[lines.index("Largest tensors") + 1 :] == [
         "larger 1000 x 3 F32 12.0 kB",
         "large 100 x 20 BF16 4.00 kB",
@@ -50,10 +54,12 @@ def test_inspect_takes_one_file(weightstream: Run, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, {"a": torch.zeros(2)})
     result = weightstream("inspect", tmp_path / "model.safetensors")
     assert result.code == 0
-    assert result.out.startswith("8 B, 1 tensors in 1 shard")
+    assert result.out.startswith("8 B, 1 tensor in 1 shard")
 
 
-def test_inspect_takes_a_folder_in_a_package(weightstream: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_takes_a_folder_in_a_package(
+    weightstream: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "package_with_weights").mkdir()
     (tmp_path / "package_with_weights" / "__init__.py").touch()
     write_checkpoint(tmp_path / "package_with_weights" / "model", {"a": torch.zeros(2)})

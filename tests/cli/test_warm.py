@@ -16,11 +16,29 @@ from tests.cli.conftest import ROOT, Run
 from weightstream.device.stage import DeviceStage
 
 #: The keys of the report's JSON, which programs rely on.
-KEYS = (
-    "checkpoint strategy reason device dtype num_tensors num_shards num_bytes wall_s throughput_bytes_per_s phases"
-    " overlap host_peak_bytes pinned_bytes device_peak_bytes num_copies num_retries fallbacks missing_keys"
-    " unexpected_keys verified"
-).split()
+KEYS = [
+    "checkpoint",
+    "strategy",
+    "reason",
+    "device",
+    "dtype",
+    "num_tensors",
+    "num_shards",
+    "num_bytes",
+    "wall_s",
+    "throughput_bytes_per_s",
+    "phases",
+    "overlap",
+    "host_peak_bytes",
+    "pinned_bytes",
+    "device_peak_bytes",
+    "num_copies",
+    "num_retries",
+    "fallbacks",
+    "missing_keys",
+    "unexpected_keys",
+    "verified",
+]
 
 
 def report_of(out: str) -> dict[str, Any]:
@@ -46,8 +64,10 @@ def test_summary_says_what_happened(weightstream: Run, config: Path, checkpoint:
     assert result.code == 0
     lines = result.out.splitlines()
     assert lines[0].startswith("Loaded 1.15 kB, 8 tensors in 3 shards, onto cpu in ")
-    facts = {line[:14].strip(): line[15:] for line in lines[1 : lines.index("")]}
-    assert facts["checkpoint"] == "model/model.safetensors.index.json" or facts["checkpoint"].startswith(str(checkpoint))
+    facts = {line[:16].strip(): line[16:] for line in lines[1 : lines.index("")]}
+    assert facts["checkpoint"] == "model/model.safetensors.index.json" or facts["checkpoint"].startswith(
+        str(checkpoint)
+    )
     assert facts["strategy"].startswith("stream: ")
     assert facts["dtype"] == "float32"
     phases = lines[lines.index("Where the time went") + 1 :]
@@ -107,7 +127,7 @@ def test_verbose_logs_the_load(weightstream: Run, config: Path) -> None:
 
 @pytest.mark.parametrize(("args", "is_logged"), [(["--json"], True), (["--json", "-q"], False), ([], False)], ids=str)
 def test_downgrade_is_logged_where_no_summary_has_it(
-    weightstream: Run, config: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], is_logged: bool
+    weightstream: Run, config: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], *, is_logged: bool
 ) -> None:
     def refuse(path: str, flags: int, *rest: Any, **named: Any) -> int:
         if flags & os.O_DIRECT:
@@ -149,8 +169,7 @@ def test_model_comes_from_the_working_folder(weightstream: Run, config: Path, bu
         ("builders_of_a_user:LIMIT", "model: builders_of_a_user:LIMIT is not callable, but of type int"),
         (
             "builders_of_a_user:build_with",
-            "model: builders_of_a_user:build_with must be callable without arguments: missing a required argument:"
-            " 'size'",
+            "model: builders_of_a_user:build_with must be callable without arguments: missing a required argument: 'size'",
         ),
         (
             "builders_of_a_user:build_nothing",
@@ -158,9 +177,10 @@ def test_model_comes_from_the_working_folder(weightstream: Run, config: Path, bu
         ),
         (
             "builders_of_a_user:Net.Nested",
-            "model: builders_of_a_user:Net.Nested must return a torch.nn.Module, found Nested",
+            "model: builders_of_a_user:Net.Nested must return a torch.nn.Module, found Net.Nested",
         ),
         ("broken_module:build", "model: importing broken_module failed: ModuleNotFoundError: No module named 'nope'"),
+        ("script:build", "model: importing script failed: SystemExit: 3"),
         ("syntax_error:build", "model: importing syntax_error failed: SyntaxError: "),
     ],
 )
@@ -168,6 +188,7 @@ def test_model_that_cannot_be_had_ends_with_2(
     weightstream: Run, config: Path, tmp_path: Path, model: str, message: str
 ) -> None:
     (tmp_path / "broken_module.py").write_text("import nope\n")
+    (tmp_path / "script.py").write_text("raise SystemExit(3)\n")
     (tmp_path / "syntax_error.py").write_text("def build(:\n")
     config.write_text(config.read_text().replace("builders_of_a_user:build", model))
     result = weightstream("warm", config, "-q")
@@ -223,10 +244,7 @@ def test_minilm_is_loaded_as_its_configuration_says(weightstream: Run) -> None:
         ),
         (
             "prefetch: {workers: many}",
-            [
-                "{file}: prefetch.workers: Input should be a valid integer, unable to parse string as an integer, or:"
-                " Input should be 'auto', found 'many'"
-            ],
+            ["{file}: prefetch.workers: Input should be a valid integer, unable to parse string as an integer, or: "],
         ),
         (
             "device: {target: 3}\nscheduler: {order: random}",

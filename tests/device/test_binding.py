@@ -88,8 +88,8 @@ async def test_class_attributes_and_requires_grad_are_kept(rig: Rig, tmp_path: P
 
     model = nn.Linear(3, 2, device=where)
     model.weight = Marked(torch.zeros(2, 3, device=where), requires_grad=False)
-    model.weight.__dict__["rows_per_rank"] = 2
-    model.bias.__dict__["scale"] = 3
+    vars(model.weight)["rows_per_rank"] = 2
+    vars(model.bias)["scale"] = 3
     tensors = random_tensors({"weight": (2, 3), "bias": (2,)})
     await load(rig, tmp_path, model, tensors)
     assert type(model.weight) is Marked

@@ -56,6 +56,7 @@ class FakeAccelerator:
     ) -> None:
         self.device = torch.device("cpu")
         self.refuses_pinning = refuses_pinning
+        self.pin_error: Exception | None = None  # raised by `pin`
         self.hazards: list[Hazard] = []
         self.num_copies = 0
         self.num_spreads = 0
@@ -103,6 +104,8 @@ class FakeAccelerator:
     # The protocol.
 
     def pin(self, memory: mmap.mmap) -> Callable[[], None] | None:
+        if self.pin_error is not None:
+            raise self.pin_error
         if self.refuses_pinning:
             return None
         self.num_pins += 1

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from tests.builders import write_checkpoint
-from tests.real.families import FAMILIES, save_small
+from tests.real.families import FAMILIES, save_small, transformers
 from weightstream.api import load_sync
 from weightstream.config import LoaderConfig
 from weightstream.device.config import DeviceConfig

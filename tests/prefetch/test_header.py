@@ -20,6 +20,7 @@ from weightstream.prefetch.header import (
     DTYPE_BITS,
     MAX_HEADER_BYTES,
     TensorSpec,
+    check_unique,
     parse_header,
     parse_string_mapping,
     read_header,
@@ -96,6 +97,9 @@ def test_position_of_the_descriptor_is_neither_used_nor_moved(write: Write) -> N
         pytest.param(f'{{"__metadata__":{{"format":"pt"}},"a":{F32}}}', ["a"], id="metadata"),
         pytest.param(f'{{"a":{F32},"__metadata__":{{"a":"\\"\\u0061"}}}}', ["a"], id="metadata last and escaped"),
         pytest.param(f'{{"\\u005f_metadata__":{{"a":"b"}},"a":{F32}}}', ["a"], id="metadata by an escaped name"),
+        pytest.param(
+            f'{{"\\u005f_metadata__":{{"a":"b","c":"d"}},"a":{F32}}}', ["a"], id="metadata with an entry's quotes"
+        ),
         pytest.param(f'{{"__metadata__":{{"dtype":"F32"}},"a":{F32}}}', ["a"], id="metadata with a field's name"),
         pytest.param(
             f'{{"__metadata__":{{"dtype":"","shape":"","data_offsets":""}},"a":{F32}}}',
@@ -131,7 +135,32 @@ def test_every_dtype_of_the_format_has_the_size_that_the_reference_gives_it(dtyp
         parse(json.dumps({"a": entry(dtype, [8], 0, size + 1)}))
 
 
-def test_header_of_fifty_thousand_entries_is_parsed() -> None:
+@pytest.fixture(name="no_slow_way")
+def fixture_no_slow_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where JSON is parsed once more, which takes many times as long."""
+
+    def refuse(*args: object, **keywords: object) -> None:
+        pytest.fail("parsed a second time")
+
+    monkeypatch.setattr(json, "loads", refuse)
+
+
+@pytest.mark.usefixtures("no_slow_way")
+@pytest.mark.parametrize(
+    "header",
+    [
+        pytest.param(f'{{"a":{F32}}}', id="without metadata"),
+        pytest.param(f'{{"__metadata__":{{"format":"pt"}},"a":{F32}}}', id="metadata first"),
+        pytest.param(f'{{"a":{F32},"__metadata__":{{"format":"pt","x":""}}}}', id="metadata last"),
+        pytest.param(f'{{"__metadata__":{{}},"model-0.w":{F32}}} ', id="empty metadata"),
+    ],
+)
+def test_ordinary_header_is_parsed_once(header: str) -> None:
+    assert len(parse(header)) == 1
+
+
+@pytest.mark.usefixtures("no_slow_way")
+def test_header_of_fifty_thousand_entries_is_parsed_once() -> None:
     header = {f"layers.{i}.weight": entry("BF16", [i % 5, 2], 0, 0) for i in range(50_000)}
     position = 0
     for i, value in enumerate(header.values()):
@@ -426,6 +455,12 @@ written = st.one_of(
 def _members(values: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     pairs = st.lists(st.tuples(written, values).map(":".join), max_size=6)
     return pairs.map(lambda members: "{" + ",".join(members) + "}")
+
+
+@pytest.mark.parametrize("text", ['{"a":NaN}', "[Infinity]", "[-Infinity]", '{"a":1,}'])
+def test_what_is_not_strict_json_is_refused_by_the_slow_way_too(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is not JSON|property name"):
+        check_unique(text.encode())
 
 
 @property_settings

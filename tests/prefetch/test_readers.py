@@ -20,9 +20,14 @@ class Reads:
     def __init__(self, *reads: Callable[[], None]) -> None:
         self.reads = deque(reads)
         self.is_open = True
+        #: Set, with the pool's lock held, when somebody looked and got nothing: he waits when the lock is free.
+        self.was_looked_at = threading.Event()
 
     def take(self) -> Callable[[], None] | None:
-        return self.reads.popleft() if self.is_open and self.reads else None
+        if self.is_open and self.reads:
+            return self.reads.popleft()
+        self.was_looked_at.set()
+        return None
 
 
 class Gate:
@@ -121,16 +126,15 @@ def test_queue_that_has_nothing_is_passed_over(make_pool: Pools) -> None:
 
 
 def test_waking_makes_idle_threads_look_again(make_pool: Pools) -> None:
-    for _ in range(200):  # a lost wake-up is a matter of chance
-        done = threading.Event()
-        queue = Reads(done.set)
-        queue.is_open = False
-        pool = make_pool(1)
-        pool.attach(queue)
-        queue.is_open = True
-        pool.wake()
-        assert done.wait(LIMIT_S)
-        pool.close(LIMIT_S)
+    done = threading.Event()
+    queue = Reads(done.set)
+    queue.is_open = False
+    pool = make_pool(1)
+    pool.attach(queue)
+    assert queue.was_looked_at.wait(LIMIT_S)
+    queue.is_open = True
+    pool.wake()
+    assert done.wait(LIMIT_S)
 
 
 def test_read_that_lets_others_go_on_wakes_them(make_pool: Pools) -> None:

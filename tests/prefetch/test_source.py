@@ -181,13 +181,25 @@ def shortened(preadv: Preadv, most: int) -> Preadv:
     return short
 
 
+@pytest.mark.usefixtures("takes_direct")
 @pytest.mark.parametrize("most", [PAGE_BYTES, 2 * PAGE_BYTES, 1000, PAGE_BYTES + 1])
-def test_short_direct_read_is_continued_also_where_direct_io_cannot(
-    content: bytes, open_source: Open, monkeypatch: pytest.MonkeyPatch, most: int
+def test_short_direct_read_is_continued_and_is_no_refusal_of_direct_io(
+    content: bytes, open_source: Open, told: Told, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
+    preadv = os.preadv
+
+    def short(fd: int, buffers: Sequence[memoryview], position: int) -> int:
+        """Read as much as direct I/O must, and act as if only so much had come."""
+        (buffer,) = buffers
+        count = min(preadv(fd, buffers, position), most)
+        buffer[count:] = bytes(len(buffer) - count)
+        return count
+
     source = open_source(io="direct")
-    monkeypatch.setattr(os, "preadv", shortened(os.preadv, most))
+    monkeypatch.setattr(os, "preadv", short)
     assert read_whole(source, 7, len(content) - 3) == content[7:-3]
+    assert source.direct
+    assert told.fallbacks == []
 
 
 def test_more_buffers_than_the_kernel_takes_are_filled(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
-from transformers import PreTrainedModel
 
-__all__ = ["FAMILIES", "config_of", "save_small"]
+__all__ = ["FAMILIES", "save_small", "transformers"]
+
+#: Without its types, which the checkers cannot follow.
+transformers: Any = import_module("transformers")
 
 FAMILIES = ["llama", "qwen3", "bert", "t5"]
 
 
-def config_of(family: str) -> transformers.PreTrainedConfig:
-    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 320}
+def _config_of(family: str) -> Any:
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 320}
     if family == "llama":
         return transformers.LlamaConfig(
             **sizes, intermediate_size=96, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False
@@ -30,16 +33,16 @@ def config_of(family: str) -> transformers.PreTrainedConfig:
     )
 
 
-def save_small(family: str, folder: Path, *, dtype: torch.dtype) -> type[PreTrainedModel]:
+def save_small(family: str, folder: Path, *, dtype: torch.dtype) -> Any:
     """Save a model of random weights in several shards, and return its class."""
-    kind: type[PreTrainedModel] = {
+    kind = {
         "llama": transformers.LlamaForCausalLM,
         "qwen3": transformers.Qwen3ForCausalLM,
         "bert": transformers.BertForMaskedLM,
         "t5": transformers.T5ForConditionalGeneration,
     }[family]
     torch.manual_seed(7)
-    model = kind(config_of(family)).to(dtype)
+    model = kind(_config_of(family)).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms would be zeros and ones, all alike
             parameter.add_(torch.randn_like(parameter) * 0.05)

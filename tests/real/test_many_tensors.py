@@ -39,7 +39,7 @@ def build() -> nn.Module:
 def fixture_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in build().state_dict().items()}
     numbers = torch.arange(sum(shape.numel() for shape, _ in shapes.values()), dtype=torch.int32)
-    parts = numbers.split([shape.numel() for shape, _ in shapes.values()])
+    parts = torch.split(numbers, [shape.numel() for shape, _ in shapes.values()])
     tensors = {
         name: (part * 97 % 30_011).to(dtype).reshape(shape)
         for (name, (shape, dtype)), part in zip(shapes.items(), parts, strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, AutoTokenizer
 
 from tests.real.conftest import Target
+from tests.real.families import transformers
 from weightstream.integrations.transformers import build_on_meta
 
 SENTENCES = [
@@ -32,13 +31,14 @@ def fixture_folder() -> Path:
 
 
 @pytest.fixture(scope="module", name="reference")
-def fixture_reference(folder: Path) -> Iterator[Any]:
-    return AutoModel.from_pretrained(folder, local_files_only=True)
+def fixture_reference(folder: Path) -> Any:
+    return transformers.AutoModel.from_pretrained(folder, local_files_only=True)
 
 
 def embed(model: nn.Module, folder: Path, device: torch.device) -> torch.Tensor:
     """Mean of the last hidden states over the real tokens, with length one."""
-    tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True)(SENTENCES, padding=True, return_tensors="pt")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokens = tokenizer(SENTENCES, padding=True, return_tensors="pt")
     tokens = {name: value.to(device) for name, value in tokens.items()}
     with torch.no_grad():
         hidden = model.to(device)(**tokens).last_hidden_state

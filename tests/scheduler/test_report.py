@@ -103,9 +103,11 @@ async def test_memory_is_accounted_for(rig: Rig, path: Path) -> None:
         assert rig.accelerator.num_pins == rig.accelerator.num_unpins == 1
 
 
-async def test_refused_pinning_is_a_fallback(tmp_path: Path, path: Path) -> None:
+@pytest.mark.parametrize("error", [None, RuntimeError("out of memory"), OSError("no")], ids=["none", "driver", "other"])
+async def test_refused_pinning_is_a_fallback(path: Path, error: Exception | None) -> None:
     rig = Rig()
     rig.accelerator.refuses_pinning = True
+    rig.accelerator.pin_error = error
     report = await report_of(rig, path)
     rig.close()
     assert report.pinned_bytes == 0

@@ -1,0 +1,172 @@
+"""Progress: sizes and rates as text, lines without a terminal, bars on one, and a cursor that comes back."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from fcntl import ioctl
+from pathlib import Path
+
+import pytest
+
+from weightstream import display
+from weightstream.display import Meter, format_bytes, format_rate, make_display
+from weightstream.shutdown import Shutdown
+
+SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (9_994, "9.99 kB"),
+        (9_996, "10.0 kB"),
+        (99_960, "100 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.00 MB"),
+        (536_870_912, "537 MB"),
+        (70_123_000_000, "70.1 GB"),
+        (2_000_000_000_000_000, "2000 TB"),
+    ],
+)
+def test_sizes_have_three_digits(num_bytes: int, text: str) -> None:
+    assert format_bytes(num_bytes) == text
+    assert format_rate(num_bytes) == f"{text}/s"
+
+
+class Time:
+    """Seconds that pass when a test says so."""
+
+    now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture(name="time_")
+def fixture_time(monkeypatch: pytest.MonkeyPatch) -> Time:
+    time_ = Time()
+    monkeypatch.setattr(display, "time", time_)
+    return time_
+
+
+def test_meter_tells_the_rate_of_the_last_second_and_at_last_the_average(time_: Time) -> None:
+    meter = Meter("disk")
+    assert (meter.bytes_per_s, meter.fraction) == (0.0, 0.0)
+    for step in range(1, 9):
+        time_.now_s = step / 4
+        meter.update(100 * step if step <= 4 else 400 + 300 * (step - 4), 10_000)
+    assert meter.bytes_per_s == pytest.approx(1200)
+    time_.now_s = 4.0
+    meter.update(10_000, 10_000)
+    time_.now_s = 9.0
+    assert (meter.bytes_per_s, meter.fraction) == (2500, 1.0)
+
+
+def test_lines_come_once_a_second_and_at_the_end(time_: Time, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = make_display(Shutdown(), quiet=False)
+    with shown.step("thinking"):
+        pass
+    with shown.meters(["disk", "cuda:0"]) as update:
+        for step in range(1, 11):
+            time_.now_s = step * 0.25
+            update(1000, step * 100, step * 50)
+        time_.now_s = 2.6
+        update(1000, 1000, 1000)
+        update(1000, 1000, 1000)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "weightstream: thinking",
+        "weightstream: disk 400 B of 1.00 kB (40%), 400 B/s, cuda:0 200 B of 1.00 kB (20%), 200 B/s",
+        "weightstream: disk 800 B of 1.00 kB (80%), 400 B/s, cuda:0 400 B of 1.00 kB (40%), 200 B/s",
+        "weightstream: disk 1.00 kB of 1.00 kB (100%), 400 B/s, cuda:0 1.00 kB of 1.00 kB (100%), 385 B/s",
+    ]
+
+
+def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = make_display(Shutdown(), quiet=True)
+    with shown.step("thinking"), shown.meters(["disk"]) as update:
+        update(1, 1)
+    assert capsys.readouterr() == ("", "")
+
+
+class Terminal:
+    """A pseudo-terminal of some width, for a process's standard error."""
+
+    def __init__(self, width: int) -> None:
+        self._ours, self._theirs = pty.openpty()
+        ioctl(self._theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, width, 0, 0))
+        self.text = ""
+
+    def run(self, *args: str) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "", "NO_COLOR": "1"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "weightstream", *args],
+            stdout=subprocess.PIPE,
+            stderr=self._theirs,
+            env=environment,
+        )
+        os.close(self._theirs)
+        return process
+
+    def read(self, until: str | None = None) -> str:
+        """Return what was shown, up to a text or to the end."""
+        while until is None or until not in self.text:
+            try:
+                part = os.read(self._ours, 4096)
+            except OSError:  # the other side was closed
+                break
+            if not part:
+                break
+            self.text += part.decode()
+        return self.text
+
+    def close(self) -> None:
+        os.close(self._ours)
+
+
+@pytest.fixture(name="terminal", params=[100, 44])
+def fixture_terminal(request: pytest.FixtureRequest) -> Iterator[Terminal]:
+    terminal = Terminal(request.param)
+    yield terminal
+    terminal.close()
+
+
+def test_terminal_shows_two_bars_with_rates(terminal: Terminal, config: Path) -> None:
+    process = terminal.run("warm", str(config))
+    shown = terminal.read()
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    assert out.startswith(b"Loaded ")
+    assert "importing torch" in shown
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-ln-z]", "\n", re.sub(r"\x1b\[[0-9;]*m", "", shown)).splitlines()
+    for name in ("disk", "cpu"):
+        last = next(line.strip() for line in reversed(lines) if line.startswith(name))
+        assert re.fullmatch(rf"{name} +━+ .*B/s", last), last
+    assert shown.count(HIDE_CURSOR) == shown.count(SHOW_CURSOR) > 0
+
+
+def test_interrupt_brings_the_cursor_back(config: Path) -> None:
+    (config.parent / "slow.py").write_text("import threading\ndef build(): threading.Event().wait()\n")
+    config.write_text("checkpoint: model\nmodel: slow:build\n")
+    terminal = Terminal(80)
+    process = terminal.run("warm", str(config))
+    terminal.read("building the model")
+    process.send_signal(signal.SIGINT)
+    shown = terminal.read()
+    process.communicate()
+    terminal.close()
+    assert process.returncode == 130
+    assert shown.rindex(SHOW_CURSOR) > shown.rindex(HIDE_CURSOR)
+    assert shown.endswith("interrupted\r\n")
