@@ -6,6 +6,7 @@ Synchronous and without an event loop; `Loader` is its awaitable face.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -75,9 +76,16 @@ class Engine:
     Args:
         config: what the user asked for.
         machine: see `Machine`.
+
+    Raises:
+        RuntimeError: this is not Linux.
     """
 
     def __init__(self, config: Settings, machine: Machine | None = None) -> None:
+        if sys.platform != "linux":
+            raise RuntimeError(
+                f"weightstream runs on Linux alone, and this is {sys.platform}: it needs preadv, O_DIRECT, huge pages"
+            )
         self.config = config
         self.machine = machine or Machine()
         self.clock = self.machine.clock

@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 Path = str | os.PathLike[str]
 
-_REASON = "the bounded pipeline is the only strategy so far"
+#: `auto` has one strategy to choose from in this version.
+_REASON = "stream: read into bounded host memory while what has been read is placed, which every device can take"
 
 
 def make_job(engine: Engine, path: Path | None, sink: Sink, streams: Mapping[torch.device, object]) -> Job:

@@ -216,8 +216,9 @@ def check(error: ws.WeightstreamError, wrong: Wrong, folder: Path) -> None:
     for part in wrong.parts:
         assert part in message, part
     if wrong.file is not None:
-        assert error.file == str(folder / wrong.file)
-        assert error.file in message
+        file = str(folder / wrong.file)
+        assert error.file == file
+        assert file in message
     if wrong.tensor is not None:
         assert error.tensor == wrong.tensor
         assert wrong.tensor in message

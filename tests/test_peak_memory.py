@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import psutil
 import pytest
+import torch
 
+import weightstream as ws
 from tests.builders import SINGLE, shard_name, write_index, write_sparse
 
 KIB, MIB = 2**10, 2**20
@@ -80,3 +85,14 @@ def test_peak_stays_below_the_ceiling_for_many_small_tensors(
     count = 20_000
     write_sparse(tmp_path / SINGLE, [(f"layer_{i}_weight", "F32", [1000 + i % 7]) for i in range(count)])
     check(measure(how, tmp_path, io=io), count, request)
+
+
+def test_checkpoint_larger_than_the_machine_s_memory_is_streamed(tmp_path: Path) -> None:
+    """Only so much is there at once; so only that must fit."""
+    count = 2 * psutil.virtual_memory().total // (32 * MIB)
+    write_sparse(tmp_path / SINGLE, [(f"w{i}", "F32", [8, MIB]) for i in range(count)])
+    config = ws.LoaderConfig.model_validate({"prefetch": {"host_memory": "64MiB"}, "device": {"target": "cpu"}})
+    tensors = ws.iter_tensors(tmp_path, config)
+    with contextlib.closing(cast("Generator[tuple[str, torch.Tensor], None, None]", tensors)):
+        name, tensor = next(tensors)
+    assert (name, tensor.nbytes) == ("w0", 32 * MIB)
