@@ -16,6 +16,7 @@ import ctypes
 import mmap
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -67,6 +68,17 @@ def free_bytes(device: torch.device) -> int | None:
     return int(free) + int(module.memory_reserved(device)) - int(module.memory_allocated(device))
 
 
+def numa_node_of(device: torch.device, *, devices: Path = Path("/sys/bus/pci/devices")) -> int | None:
+    """Return the memory node that a device's PCI slot belongs to, as the kernel knows it, or None."""
+    found = torch.get_device_module(device).get_device_properties(device)
+    try:
+        slot = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+        node = int((devices / slot / "numa_node").read_text())
+    except (AttributeError, OSError, ValueError):  # an older torch, or a container without /sys
+        return None
+    return node if node >= 0 else None
+
+
 class _PolledEvent:
     """Waits by asking: `torch.Event` has no wait that lets the thread sleep."""
 
@@ -90,6 +102,7 @@ class AcceleratorBackend:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pinnable = device.type == "cuda"
+        self.numa_node = numa_node_of(device)
         self._copies = torch.Stream(device)
 
     def pin(self, memory: mmap.mmap) -> Callable[[], None] | None:

@@ -40,11 +40,13 @@ class Backend(Protocol):
         device: where `allocate` makes tensors.
         lands: whether reader threads may write into what `allocate` returns (host memory).
         pinnable: whether slots should be page-locked for this device.
+        numa_node: the node of the machine's memory that is closest to the device; None: unknown, or all are alike.
     """
 
     device: torch.device
     lands: bool
     pinnable: bool
+    numa_node: int | None
 
     def pin(self, memory: mmap.mmap) -> Callable[[], None] | None:
         """Page-lock host memory for this device's copies; return what undoes it, or None where it is refused."""
@@ -95,6 +97,7 @@ class HostBackend:
     device = torch.device("cpu")
     lands = True
     pinnable = False
+    numa_node: int | None = None
 
     def __init__(self, allocate: Callable[[int], mmap.mmap]) -> None:
         self._allocate = allocate
@@ -129,6 +132,7 @@ class NowhereBackend:
     device = torch.device("meta")
     lands = False
     pinnable = False
+    numa_node: int | None = None
 
     def pin(self, memory: mmap.mmap) -> Callable[[], None] | None:
         return None

@@ -21,7 +21,10 @@ from weightstream.errors import MissingKeysError, PlacementError, UnexpectedKeys
 
 __all__ = ["Binder"]
 
-_exchange: Callable[[torch.Tensor, torch.Tensor], None] = torch._C._swap_tensor_impl
+_exchange = cast(
+    "Callable[[torch.Tensor, torch.Tensor], None]",
+    torch._C._swap_tensor_impl,  # pyright: ignore[reportUnknownMemberType]  # what `swap_tensors` is made of
+)
 
 
 class Binder:

@@ -152,7 +152,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, allow_outside_links: bool =
 
     Args:
         path: a folder, an index, or one `.safetensors` file.
-        allow_outside_links: accept shards that are links to outside the checkpoint's folder.
+        allow_outside_links: accept shards that are links to outside the checkpoint's folder. A single file that is
+            named by its own path may always be one.
 
     Raises:
         CheckpointError: not a checkpoint, or a shard that may not be opened.
@@ -170,9 +171,10 @@ def open_checkpoint(path: str | os.PathLike[str], *, allow_outside_links: bool =
     shards: list[Shard] = []
     tensors: dict[str, TensorSpec] = {}
     strangers: list[str] = []
+    anywhere = allow_outside_links or (weight_map is None and found == Path(path))
     try:
         for number, name in enumerate(names):
-            shard = _open_shard(root, name, found, allow_outside_links=allow_outside_links or weight_map is None)
+            shard = _open_shard(root, name, found, allow_outside_links=anywhere)
             shards.append(shard)
             for spec in read_header(shard.fd, shard.num_bytes, file=str(shard.path), shard=number):
                 tensor = spec.name

@@ -6,8 +6,10 @@ with huge pages and 0.8 s without (two cores, Linux 6.18).
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+import platform
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -23,15 +25,30 @@ PAGE_BYTES = 4096
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def allocate(num_bytes: int) -> mmap.mmap:
+#: The number of the system call `mbind`, for which the C library has no function; and its "prefer this node".
+_MBIND = {"x86_64": 237, "aarch64": 235}
+_MPOL_PREFERRED = 1
+
+
+def allocate(num_bytes: int, *, numa_node: int | None = None) -> mmap.mmap:
     """Map `num_bytes` (> 0) of zeroed private memory, advised to use huge pages. Freed with its last reference.
 
     `mmap.mmap(-1, n)` alone would be shared memory, which gets no huge pages.
+
+    Args:
+        num_bytes: how much.
+        numa_node: where its pages should lie once they are touched; a wish, which the kernel need not grant.
     """
     block = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without transparent huge pages: ordinary pages do
             block.madvise(mmap.MADV_HUGEPAGE)  # sets a flag on the mapping; touches no page, so it is quick
+    if numa_node is not None and platform.machine() in _MBIND:
+        nodes = (ctypes.c_ulong * (numa_node // 64 + 1))()
+        nodes[numa_node // 64] = 1 << numa_node % 64
+        address = ctypes.addressof(ctypes.c_char.from_buffer(block))
+        arguments = (ctypes.c_void_p(address), ctypes.c_ulong(num_bytes), _MPOL_PREFERRED, nodes)
+        ctypes.CDLL(None).syscall(_MBIND[platform.machine()], *arguments, ctypes.c_ulong(64 * len(nodes) + 1), 0)
     return block
 
 

@@ -78,9 +78,10 @@ class Ring:
         self._num_slots = 0
         self._num_written_off = 0
 
-    def grow(self, num_slots: int) -> list[Segment]:
+    def grow(self, num_slots: int, *, numa_node: int | None = None) -> list[Segment]:
         """Map segments until the ring has `num_slots` usable slots, or the budget is spent; return the new ones.
 
+        New ones lie on `numa_node`, if the kernel can arrange that: copies to a device of another node are slower.
         Slots that were written off do not count as usable but still count towards the budget: their memory is held.
         """
         added: list[Segment] = []
@@ -92,7 +93,7 @@ class Ring:
                     count -= 1
                 if not count:
                     break
-                segment = Segment(allocate(count * self.slot_bytes))
+                segment = Segment(allocate(count * self.slot_bytes, numa_node=numa_node))
                 self._account.hold(segment.num_bytes)
                 whole = memoryview(segment.memory)
                 for offset in range(0, segment.num_bytes, self.slot_bytes):

@@ -160,7 +160,7 @@ class Engine:
             left_bytes = self.budget.left_bytes
             room_bytes = left_bytes - max([left_bytes // 2, *plan.layout.blocks])
             num_slots = min(num_slots, max(1, room_bytes // self.ring.slot_bytes))
-        segments = self.ring.grow(num_slots)
+        segments = self.ring.grow(num_slots, numa_node=backend.numa_node)
         if self.ring.statistics().num_slots == self.ring.statistics().num_written_off:
             raise MemoryBudgetError(
                 "no slot of the ring fits into what is left of prefetch.host_memory",

@@ -16,7 +16,7 @@ from weightstream.device.binding import Binder
 from weightstream.device.layout import IN_SLOT
 from weightstream.device.placement import Placement, deliver, match
 from weightstream.device.stage import DeviceStage
-from weightstream.errors import MemoryBudgetError
+from weightstream.errors import MemoryBudgetError, WeightstreamError
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.header import TensorSpec
 from weightstream.scheduler.engine import Engine
@@ -88,7 +88,12 @@ class ModelSink:
     def prepare(self, checkpoint: Checkpoint, *, direct: bool) -> Prepared:
         assert self._model is not None
         config = self._engine.config
-        placement = match(self._model, checkpoint.tensors, config.device, self._engine.default_device())
+        try:
+            placement = match(self._model, checkpoint.tensors, config.device, self._engine.default_device())
+        except WeightstreamError as error:
+            spec = checkpoint.tensors.get(error.tensor or "")
+            error.file = str(checkpoint.path if spec is None else checkpoint.shards[spec.shard].path)
+            raise
         backend = self._engine.backend(placement.device)
         specs = [checkpoint.tensors[place.name] for place in placement.places]
         plan = make_plan(

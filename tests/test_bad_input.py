@@ -140,6 +140,7 @@ def wrong_shape(folder: Path) -> Wrong:
         ws.ShapeMismatchError,
         ["expected (40,) (model)", "found (41,) (checkpoint)"],
         tensor="layers.2.bias",
+        file=SECOND,
     )
 
 
@@ -149,6 +150,7 @@ def wrong_dtype(folder: Path) -> Wrong:
         ws.DtypeMismatchError,
         ["expected torch.float32 (model)", "found torch.int8 (checkpoint)"],
         tensor="layers.2.bias",
+        file=SECOND,
     )
 
 

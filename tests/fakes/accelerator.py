@@ -50,6 +50,7 @@ class FakeAccelerator:
 
     lands = False
     pinnable = True
+    numa_node: int | None = None
 
     def __init__(
         self, clock: Clock | None = None, *, bytes_per_s: float | None = None, refuses_pinning: bool = False

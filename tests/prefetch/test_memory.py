@@ -198,3 +198,12 @@ def test_machine_without_cgroups_is_no_problem(tmp_path: Path) -> None:
 def test_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 5, 7})
     assert usable_cores() == 3
+
+
+def test_memory_asks_for_the_node_that_was_named() -> None:
+    if not Path("/sys/devices/system/node/node0").exists():
+        pytest.skip("the kernel knows no memory nodes")
+    block = allocate(2**22, numa_node=0)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(block))
+    policies = dict(line.split()[:2] for line in Path("/proc/self/numa_maps").read_text().splitlines())
+    assert policies[f"{address:08x}"] == "prefer:0"
