@@ -27,7 +27,7 @@ from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
 from weightstream.prefetch.memory import Peak
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.flow import Filled, Flow
-from weightstream.scheduler.garbage import no_garbage_collection
+from weightstream.scheduler.interpreter import no_garbage_collection, quick_thread_switches
 from weightstream.scheduler.ledger import Ledger
 from weightstream.scheduler.plan import Chunk, LoadPlan
 from weightstream.scheduler.readiness import Readiness
@@ -126,7 +126,7 @@ class Job:
         report: LoadReport | None = None
         error: BaseException | None = None
         try:
-            with self._engine.account.watch() as peak:
+            with self._engine.account.watch() as peak, quick_thread_switches():
                 report = self._load(sink, peak)
         except BaseException as exc:  # noqa: BLE001 (whatever it is belongs to those who wait for the load)
             error = exc

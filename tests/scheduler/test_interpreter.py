@@ -1,14 +1,15 @@
-"""The garbage collector is off while somebody holds it off, and then as it was before."""
+"""What a load sets in the interpreter holds while somebody wants it, and is then as it was before."""
 
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from collections.abc import Generator
 
 import pytest
 
-from weightstream.scheduler.garbage import no_garbage_collection
+from weightstream.scheduler.interpreter import no_garbage_collection, quick_thread_switches
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +56,20 @@ def test_is_off_until_the_last_of_several_threads_is_done() -> None:
     leave.set()
     other.join()
     assert gc.isenabled()
+
+
+def test_thread_switches_are_quick_inside_and_as_before_after() -> None:
+    before = sys.getswitchinterval()
+    with quick_thread_switches(), quick_thread_switches():
+        assert sys.getswitchinterval() == pytest.approx(0.0005)
+    assert sys.getswitchinterval() == before
+
+
+def test_thread_switches_that_are_quicker_already_stay_so() -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.0001)
+    try:
+        with quick_thread_switches():
+            assert sys.getswitchinterval() == pytest.approx(0.0001)
+    finally:
+        sys.setswitchinterval(before)
