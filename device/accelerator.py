@@ -15,7 +15,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -79,6 +80,17 @@ def numa_node_of(device: torch.device, *, devices: Path = Path("/sys/bus/pci/dev
     return node if node >= 0 else None
 
 
+@contextmanager
+def _current(stream: torch.Stream) -> Generator[None, None, None]:
+    """Make a stream the calling thread's current one. A stream as a context itself would serve one thread at a time."""
+    before = torch.accelerator.current_stream(stream.device)
+    torch.accelerator.set_stream(stream)
+    try:
+        yield
+    finally:
+        torch.accelerator.set_stream(before)
+
+
 class _PolledEvent:
     """Waits by asking: `torch.Event` has no wait that lets the thread sleep."""
 
@@ -122,7 +134,7 @@ class AcceleratorBackend:
         return unpin
 
     def allocate(self, num_bytes: int, stream: object) -> tuple[torch.Tensor, memoryview | None]:
-        with self._stream(stream):
+        with _current(self._stream(stream)):
             block = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         self.follow(stream)
         return block, None
@@ -131,11 +143,11 @@ class AcceleratorBackend:
         self._copies.wait_stream(self._stream(stream))
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        with self._copies:
+        with _current(self._copies):
             destination.copy_(source, non_blocking=True)
 
     def spread(self, source: torch.Tensor, parts: Sequence[Spread]) -> None:
-        with self._copies:
+        with _current(self._copies):
             bounce = source.to(self.device, non_blocking=True)  # freed below, for reuse behind it on this stream
             same = [part for part in parts if part.destination.dtype is part.dtype]
             if same:
@@ -150,7 +162,7 @@ class AcceleratorBackend:
     def record(self) -> Event | None:
         if self.device.type == "cuda":
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # nor here
-            with self._copies:
+            with _current(self._copies):
                 event.record(torch.cuda.current_stream(self.device))
             return event
         generic = torch.Event(self.device)
@@ -159,7 +171,7 @@ class AcceleratorBackend:
 
     def run(self, action: Callable[[], None], stream: object) -> None:
         user = self._stream(stream)
-        with user:
+        with _current(user):
             action()
         user.synchronize()
 

@@ -11,9 +11,10 @@ copied. Runs on the load's own thread.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
+from torch import nn
 
 from weightstream.device.placement import Place, Placement, Site, Subtree, Target
 from weightstream.device.stage import DeviceStage
@@ -126,31 +127,34 @@ class Binder:
             )
 
     def _load_subtree(self, subtree: Subtree) -> None:
-        """Let a module load its part of the checkpoint itself, as `load_state_dict` would."""
-        prefix, name = subtree.prefix, f"{subtree.name or 'the model'} ({type(subtree.module).__qualname__})"
-        state = {place.name.removeprefix(prefix): self._staged.pop(place.name) for place in subtree.places}
-        on_meta = [target for target in subtree.targets if target.tensor.is_meta]
+        """Let a module load its part of the checkpoint itself, as `load_state_dict` of the whole model would."""
+        name = f"{subtree.name or 'the model'} ({type(subtree.module).__qualname__})"
+        state = {place.name: self._staged.pop(place.name) for place in subtree.places}
+        assign = any(target.tensor.is_meta for target in subtree.targets)
         self._written.extend(target.site.name for target in subtree.targets if not target.tensor.is_meta)
+        keys = _Keys([], [])
+        errors: list[str] = []
         try:
-            loaded = subtree.module.load_state_dict(state, strict=False, assign=bool(on_meta))
+            _load_module(subtree.module, state, subtree.prefix, keys, errors, assign=assign)
+            if errors:
+                raise RuntimeError("; ".join(errors))  # noqa: TRY301 (mapped like those that hooks raise)
         except Exception as exc:
-            for target in on_meta:
+            for target in subtree.targets:
                 _restore(target)
             raise PlacementError(f"{name}, which loads itself, failed: {exc}", tensor=subtree.name or None) from exc
-        for target in on_meta:
+        for target in subtree.targets:
             tensor = _restore(target)
-            if tensor is not None:
+            if tensor is not None and target.tensor.is_meta:
                 self._adopt(target, tensor)
-        missing, unexpected = cast("tuple[list[str], list[str]]", loaded)
-        self._note_keys(subtree, name, missing, unexpected)
+            elif tensor is not None:  # it had storage, which `assign` does not ask for
+                target.tensor.copy_(tensor)
+        self._note_keys(subtree, name, keys.missing_keys, keys.unexpected_keys)
         self._placement.loaded_themselves.append(name)
 
     def _note_keys(self, subtree: Subtree, name: str, missing: list[str], unexpected: list[str]) -> None:
-        missing = [subtree.prefix + key for key in missing]
         if missing:
             filled = self._filled_otherwise(subtree, set(missing))
             missing = [key for key in missing if key not in filled]
-        unexpected = [subtree.prefix + key for key in unexpected]
         for keys, kind in ((missing, MissingKeysError), (unexpected, UnexpectedKeysError)):
             if self._strict and keys:
                 raise kind(f"so says {name}, which loads itself", actual=", ".join(keys[:5]))
@@ -167,6 +171,27 @@ class Binder:
             if not target.tensor.is_meta and (named.intersection(names) or set(own) - missing):
                 filled.update(names)
         return filled
+
+
+class _Keys(NamedTuple):
+    """What hooks after a module's loading may look at and change; torch's names."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def _load_module(
+    module: nn.Module, state: dict[str, torch.Tensor], prefix: str, keys: _Keys, errors: list[str], *, assign: bool
+) -> None:
+    """Do what `nn.Module.load_state_dict` does for one module and those below, with names as in the whole model."""
+    metadata = {"assign_to_params_buffers": assign}
+    module._load_from_state_dict(state, prefix, metadata, True, keys.missing_keys, keys.unexpected_keys, errors)
+    for name, child in module._modules.items():
+        if child is not None:
+            below = {key: value for key, value in state.items() if key.startswith(f"{prefix}{name}.")}
+            _load_module(child, below, f"{prefix}{name}.", keys, errors, assign=assign)
+    for hook in module._load_state_dict_post_hooks.values():
+        hook(module, keys)
 
 
 def _restore(target: Target) -> torch.Tensor | None:

@@ -147,10 +147,20 @@ class Placement:
         self.own_buffers: set[str] = set()
         self.computed: list[str] = []
 
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes that are loaded beside tensors that have storage already, and dropped when the load ends."""
+        own = [place for tree in self.subtrees for place in tree.places if not _adopts(place)]
+        return sum(place.num_bytes for place in (*own, *self.strided, *(second for _, second in self.doubles)))
+
     def release(self) -> None:
         """Let go of the places, a few at a time: freeing 46,000 at once holds the interpreter's lock for 27 ms."""
         while self.places:
             del self.places[-1000:]
+
+
+def _adopts(place: Place) -> bool:
+    return place.target is not None and place.target.tensor.is_meta
 
 
 def deliver(stored: Iterable[Stored], config: DeviceConfig, device: torch.device) -> Placement:
@@ -331,8 +341,29 @@ def _place(spec: Stored, target: Target, config: DeviceConfig, device: torch.dev
     if target.filled_by >= 0:
         mode = "stage"
     elif not on_meta:
-        mode = "fill" if tensor.is_contiguous() and tensor.device == device else "stage"
+        mode = _mode_in_place(tensor, device, spec.name)
+    elif tensor._backward_hooks is not None:
+        raise PlacementError(
+            "the parameter is on meta and has a gradient hook, which would be lost",
+            tensor=spec.name,
+            hint="Register hooks on parameters after loading",
+        )
     return Place(spec.name, spec.num_bytes, dtype, wanted, shape, mode, target.position, target)
+
+
+def _mode_in_place(tensor: torch.Tensor, device: torch.device, name: str) -> Mode:
+    if tensor.layout is not torch.strided or _overlaps(tensor):
+        raise PlacementError(
+            "the tensor has no memory of its own for every element (sparse, or expanded)",
+            tensor=name,
+            hint="Make it dense and contiguous before loading",
+        )
+    plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    return "fill" if plain and tensor.device == device else "stage"
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _subtree_place(spec: Stored, target: Target | None, subtree: Subtree, config: DeviceConfig) -> Place:

@@ -70,10 +70,22 @@ class DeviceStage:
 
         Returns:
             The event behind the copies, or None if they have happened already.
+
+        Raises:
+            RuntimeError: whatever torch or the driver raises. No copy of this chunk is under way then.
         """
         if slot is None:
             return None
-        source = torch.frombuffer(slot, dtype=torch.uint8)
+        try:
+            self._submit(transfer, torch.frombuffer(slot, dtype=torch.uint8), shift)
+        except BaseException:
+            event = self._backend.record()
+            if event is not None:  # copies that were submitted before the error still read from the slot
+                event.synchronize()
+            raise
+        return self._backend.record()
+
+    def _submit(self, transfer: Transfer, source: torch.Tensor, shift: int | None) -> None:
         loose: Sequence[Piece] = transfer.loose
         if shift is None:
             for run in transfer.runs:
@@ -83,7 +95,6 @@ class DeviceStage:
             loose = self._submit_large(transfer, source, shift)
         for group in _neighbours(loose):
             self._spread(source, group)
-        return self._backend.record()
 
     def take(self, places: Iterable[int]) -> list[torch.Tensor]:
         """Return finished tensors, in their final dtype and shape, and let go of blocks of which these were the last.

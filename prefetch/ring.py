@@ -119,6 +119,23 @@ class Ring:
         with self._lock:
             self._num_written_off += 1
 
+    def shrink(self, left_bytes: int) -> list[Segment]:
+        """Forget segments whose slots are all free, until so much of the budget is left; return them, for unpinning."""
+        gone: list[Segment] = []
+        with self._lock:
+            for segment in list(self._segments):
+                free = [slot for slot in self._free if slot.segment is segment]
+                enough = self._budget.left_bytes >= left_bytes
+                if enough or not segment.settled.is_set() or len(free) * self.slot_bytes < segment.num_bytes:
+                    continue
+                self._segments.remove(segment)
+                self._free = [slot for slot in self._free if slot.segment is not segment]
+                self._num_slots -= len(free)
+                self._budget.give(segment.num_bytes)
+                self._account.release(segment.num_bytes)
+                gone.append(segment)
+        return gone
+
     def statistics(self) -> RingStatistics:
         with self._lock:
             return RingStatistics(

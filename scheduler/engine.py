@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -70,6 +71,9 @@ class Machine:
     ring: type[Ring] = Ring
 
 
+_PINNING_REFUSED = "page-locking host memory was refused: copies to the device are pageable and slower"
+
+
 class Engine:
     """Owns threads and memory for as long as it is open; many loads, one budget.
 
@@ -95,7 +99,9 @@ class Engine:
         self._lock = threading.Lock()
         self._backends: dict[torch.device, Backend] = {}
         self._pinners: list[threading.Thread] = []
-        self._unpin: list[Callable[[], None]] = []
+        self._unpin: dict[Segment, Callable[[], None]] = {}
+        self._pinning_refused = False
+        self._num_ring_users = 0
         workers = config.prefetch.workers
         num_workers = min(8, max(2, usable_cores())) if workers == "auto" else workers
         self.readers = ReaderPool(num_workers, self.clock.condition(), self.clock.spawn)
@@ -138,10 +144,13 @@ class Engine:
         direct: bool,
         delivers: bool,
         on_fallback: Callable[[str], None],
-    ) -> None:
+    ) -> bool:
         """Make sure that a plan fits into memory, and that the ring has slots for it.
 
         Page-locking goes on in the background, segment by segment, while reading starts.
+
+        Returns:
+            Whether the load uses the ring, and has to call `leave_ring` when it ends.
 
         Raises:
             MemoryBudgetError: the host, its budget or the device has too little.
@@ -153,57 +162,105 @@ class Engine:
             self._check_fits("host memory", blocks_bytes, available_bytes())
         elif backend.device.type not in ("meta", "cpu"):
             self._check_fits(f"memory of {backend.device}", blocks_bytes, free_bytes(backend.device))
-        num_slots = sum(1 for chunk in plan.chunks if direct or chunk.transfer.slot_bytes)
+        num_slots = self._num_slots(plan, backend, direct=direct, delivers=delivers)
         if not num_slots:
-            return
-        if delivers and backend.lands:  # blocks that wait for their consumer need the other half of the budget
-            left_bytes = self.budget.left_bytes
-            room_bytes = left_bytes - max([left_bytes // 2, *plan.layout.blocks])
-            num_slots = min(num_slots, max(1, room_bytes // self.ring.slot_bytes))
-        segments = self.ring.grow(num_slots, numa_node=backend.numa_node)
-        if self.ring.statistics().num_slots == self.ring.statistics().num_written_off:
-            raise MemoryBudgetError(
-                "no slot of the ring fits into what is left of prefetch.host_memory",
-                expected=f"{self.ring.slot_bytes} bytes or more",
-                actual=f"{self.budget.left_bytes} bytes",
-                hint="Raise prefetch.host_memory, or lower prefetch.chunk",
-            )
-        if not segments:
-            return
+            return False
+        with self._lock:
+            segments = self.ring.grow(num_slots, numa_node=backend.numa_node)
+            found = self.ring.statistics()
+            if found.num_slots == found.num_written_off:
+                raise MemoryBudgetError(
+                    "no slot of the ring fits into what is left of prefetch.host_memory",
+                    expected=f"{self.ring.slot_bytes} bytes or more",
+                    actual=f"{self.budget.left_bytes} bytes",
+                    hint="Raise prefetch.host_memory, or lower prefetch.chunk",
+                )
+            self._num_ring_users += 1
+        if backend.pinnable and self._pinning_refused:
+            on_fallback(_PINNING_REFUSED)
         if not backend.pinnable:
             for segment in segments:
                 segment.settled.set()
-            return
+        elif segments:
+            self._start_pinning(segments, backend, on_fallback)
+        return True
+
+    def _num_slots(self, plan: LoadPlan, backend: Backend, *, direct: bool, delivers: bool) -> int:
+        num_slots = sum(1 for chunk in plan.chunks if direct or chunk.transfer.slot_bytes)
+        if num_slots and delivers and backend.lands:  # blocks that wait for a consumer need their part of the budget
+            left_bytes = self.budget.left_bytes
+            room_bytes = left_bytes - max(left_bytes // 2, *plan.layout.blocks)
+            num_slots = min(num_slots, max(1, room_bytes // self.ring.slot_bytes))
+        return num_slots
+
+    def _start_pinning(self, segments: list[Segment], backend: Backend, on_fallback: Callable[[str], None]) -> None:
         pinner = threading.Thread(
             target=self._pin, args=(segments, backend, on_fallback), name="weightstream-pin", daemon=True
         )
         self._pinners.append(pinner)
         pinner.start()
 
+    def make_room(self, num_bytes: int) -> None:
+        """Let go of the ring, if no load uses it, until so much of the budget is left, as far as that is possible."""
+        with self._lock:
+            gone = [] if self._num_ring_users else self.ring.shrink(num_bytes)
+        for segment in gone:
+            self._unpin_segment(segment)
+
+    def leave_ring(self) -> None:
+        """Say that a load for which `prepare_memory` returned true has ended."""
+        with self._lock:
+            self._num_ring_users -= 1
+
+    @contextmanager
+    def borrow(self, num_bytes: int) -> Generator[None, None, None]:
+        """Take a part of the budget, for tensors that are loaded beside those that they are copied to.
+
+        Raises:
+            MemoryBudgetError: so much is not left.
+        """
+        self.make_room(num_bytes)
+        left_bytes = self.budget.left_bytes
+        if not self.budget.take(num_bytes):
+            raise MemoryBudgetError(
+                "tensors that are copied from host memory to where they belong only at the end (of modules that load"
+                " themselves, tied twice, or strided) do not fit into what is left of prefetch.host_memory",
+                expected=f"{num_bytes} bytes",
+                actual=f"{left_bytes} bytes",
+                hint=f"Set prefetch.host_memory to {self.budget.limit_bytes - left_bytes + num_bytes} bytes or more, or"
+                " load into a model on meta",
+            )
+        try:
+            yield
+        finally:
+            self.budget.give(num_bytes)
+
     def close(self) -> None:
         """End the threads and give the memory back. Every load must have ended."""
         self.readers.close(timeout_s=0.5)
         for pinner in self._pinners:
             pinner.join()
-        self.ring.close()
-        for unpin in self._unpin:
-            unpin()
-        self._unpin.clear()
+        for segment in self.ring.close():  # page-locked memory must be unlocked while it is still mapped
+            self._unpin_segment(segment)
         self._backends.clear()
 
+    def _unpin_segment(self, segment: Segment) -> None:
+        unpin = self._unpin.pop(segment, None)
+        if unpin is not None:
+            unpin()
+
     def _pin(self, segments: list[Segment], backend: Backend, on_fallback: Callable[[str], None]) -> None:
-        refused = False
         for segment in segments:
             try:
-                unpin = None if refused else backend.pin(segment.memory)
+                unpin = None if self._pinning_refused else backend.pin(segment.memory)
             except Exception:  # noqa: BLE001 (the driver's ways of saying no; loads wait for `settled`)
                 unpin = None
             if unpin is not None:
-                self._unpin.append(unpin)
+                self._unpin[segment] = unpin
                 segment.pinned = True
-            elif not refused:
-                refused = True
-                on_fallback("page-locking host memory was refused: copies to the device are pageable and slower")
+            else:
+                self._pinning_refused = True
+                on_fallback(_PINNING_REFUSED)
             segment.settled.set()
 
     @staticmethod

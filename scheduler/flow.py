@@ -5,7 +5,7 @@ thread, which submits its copies; copied, its slot goes back to the ring and its
 nothing but this: no free slot, no grant.
 
 Threads and locks. `take` and the reads it returns run on reader threads, `_reclaim` on a thread of this load,
-everything else on the load's own thread; `stop` and `poke` on any. One condition guards all state. It is never held
+everything else on the load's own thread; `stop` on any. One condition guards all state. It is never held
 while a slot is given back, because that wakes the reader pool, whose lock is taken before this one.
 """
 
@@ -77,7 +77,6 @@ class Flow:
         self._copies: deque[tuple[Filled, Event]] = deque()
         self._placed: list[Chunk] = []
         self._error: BaseException | None = None
-        self._poked = False
         self._drained = False
         self._reclaimer: Thread | None = None
 
@@ -140,7 +139,7 @@ class Flow:
             self._ledger.enter("pipeline")
 
     def next(self, deadline: float | None, timeout_s: float | None) -> Filled | list[Chunk] | None:
-        """Wait for something to do: a filled chunk to submit; chunks to place; or [] after `poke`.
+        """Wait for something to do: a filled chunk to submit, or chunks to place.
 
         Returns:
             None when every chunk has been placed.
@@ -161,9 +160,6 @@ class Flow:
                     self._unplaced -= len(placed)
                     self._ledger.change(binding=1)
                     return placed
-                if self._poked:
-                    self._poked = False
-                    return []
                 if self._unplaced == 0:
                     return None
                 remaining = None if deadline is None else deadline - self._clock.now()
@@ -189,6 +185,12 @@ class Flow:
             self._ledger.change(copying=-1)
         self._ring.release(filled.slot)
 
+    def not_submitted(self, filled: Filled) -> None:
+        """Take a chunk back whose copies could not be submitted, and of which none is under way."""
+        with self._condition:
+            self._ledger.change(copying=-1)
+            self._unused.append(filled.slot)
+
     def bound(self, chunks: list[Chunk]) -> None:
         """Note that the tensors of chunks that `next` returned have been placed."""
         with self._condition:
@@ -202,16 +204,6 @@ class Flow:
         with self._condition:
             self._error = self._error or error
             self._condition.notify_all()
-
-    def poke(self) -> None:
-        """Let `next` return, so that the load's own thread looks around."""
-        with self._condition:
-            self._poked = True
-            self._condition.notify_all()
-
-    @property
-    def stopped(self) -> bool:
-        return self._error is not None
 
     def pause(self, seconds: float) -> bool:
         """Wait on a reader thread, but not longer than until the flow is stopped; return whether it goes on."""

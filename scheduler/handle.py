@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Self, TypeVar
@@ -15,15 +17,18 @@ from weightstream.scheduler.job import Job
 from weightstream.scheduler.report import LoadReport, Progress
 from weightstream.scheduler.sinks import ConsumerSink
 
-__all__ = ["LoadHandle", "TensorStream", "outlast", "settle", "stop_and_settle"]
+__all__ = ["LoadHandle", "TensorStream", "in_own_thread", "insist", "outlast", "settle", "stop_and_settle"]
 
 T = TypeVar("T")
 
 #: Events at most this often: twenty a second is more than anybody can read.
 _EVENT_INTERVAL_S = 0.05
 
-#: A cancelled load has changed nothing while it is in its preflight: then it is not waited for any longer than this.
-_PREFLIGHT_GRACE_S = 0.5
+#: How often a wait that nothing can cancel asks whether it is in vain.
+_ASK_AGAIN_S = 0.5
+
+#: Up to so many names are looked through on the event loop's own thread: half a millisecond's work.
+_FEW_NAMES = 5000
 
 
 async def settle(future: Future[T]) -> T:
@@ -41,14 +46,52 @@ async def outlast(future: Future[T], *, timeout_s: float | None = None) -> None:
             waiter.exception()
 
 
-async def stop_and_settle(job: Job) -> None:
-    """Stop a job and wait until it has cleaned up, whatever happens to the waiting task meanwhile."""
-    job.stop()
+async def insist(future: Future[T], *, give_up: Callable[[], bool] = lambda: False) -> None:
+    """Wait until a future of another thread is done, however often the waiting task is cancelled meanwhile.
+
+    anyio's shield keeps the cancellation of scopes away, but not `Task.cancel`, which servers and `asyncio.timeout` use:
+    that is remembered, and raised at the end.
+
+    Args:
+        future: what to wait for.
+        give_up: asked twice a second whether the wait is in vain.
+    """
+    cancelled: asyncio.CancelledError | None = None
     with anyio.CancelScope(shield=True):
-        while not job.finished.done():
-            await outlast(job.finished, timeout_s=_PREFLIGHT_GRACE_S)
-            if job.progress().state == "preflight":
-                return  # hanging in a file system, with nothing changed: its thread ends by itself
+        while not future.done():
+            try:
+                await outlast(future, timeout_s=_ASK_AGAIN_S)
+            except asyncio.CancelledError as error:
+                cancelled = error
+            else:
+                if not future.done() and give_up():
+                    break
+    if cancelled is not None:
+        raise cancelled
+
+
+def in_own_thread(action: Callable[[], T]) -> Future[T]:
+    """Call something on a thread of its own: the event loop's executor may be full of other people's work."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:  # noqa: BLE001 (it belongs to who waits for the future)
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="weightstream-call", daemon=True).start()
+    return future
+
+
+async def stop_and_settle(job: Job) -> None:
+    """Stop a job and wait until it has cleaned up, whatever happens to the waiting task meanwhile.
+
+    One that hangs in a file system during its preflight has changed nothing, and its thread ends by itself.
+    """
+    job.stop()
+    await insist(job.finished, give_up=lambda: job.progress().state == "preflight")
     if job.finished.done():
         job.finished.exception()
 
@@ -76,7 +119,11 @@ class LoadHandle:
             ValueError: there is no such tensor or module.
             WeightstreamError: the load failed or was cancelled.
         """
-        await settle(await asyncio.to_thread(self._job.readiness.wait_for, name))
+        readiness = self._job.readiness
+        if readiness.num_names <= _FEW_NAMES:
+            await settle(readiness.wait_for(name))
+        else:
+            await settle(await settle(in_own_thread(lambda: readiness.wait_for(name))))
 
     async def wait(self) -> LoadReport:
         """Wait for the end of the load.
@@ -113,14 +160,15 @@ class LoadHandle:
 class TensorStream:
     """Named tensors in the order of the files, on the device, as they arrive. From `Loader.stream`.
 
-    Iterate it with `async for`, inside `async with` or followed by `aclose()` if the iteration may stop early. Each
-    tensor's memory is the consumer's. Small tensors share memory (at most `prefetch.chunk` bytes of it), so keeping
+    One consumer iterates it with `async for`, inside `async with` or followed by `aclose()` if the iteration may stop
+    early; a stream that nobody refers to any more stops by itself, without being waited for. Each tensor's memory is the consumer's. Small tensors share memory (at most `prefetch.chunk` bytes of it), so keeping
     one of them keeps its neighbours: copy what you keep.
     """
 
     def __init__(self, job: Job, sink: ConsumerSink) -> None:
         self._job = job
         self._sink = sink
+        weakref.finalize(self, job.stop).atexit = False
 
     @property
     def progress(self) -> Progress:

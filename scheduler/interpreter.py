@@ -52,8 +52,10 @@ def _disable_collector() -> Callable[[], None]:
 
 def _shorten_interval() -> Callable[[], None]:
     before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, _SWITCH_INTERVAL_S))
-    return lambda: sys.setswitchinterval(before)
+    if before <= _SWITCH_INTERVAL_S:
+        return lambda: None
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    return lambda: sys.setswitchinterval(before + 1e-7)  # it is cut off to whole microseconds
 
 
 _collector = _Shared(_disable_collector)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import traceback
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ import torch
 from weightstream.device.backend import Backend
 from weightstream.device.placement import Place
 from weightstream.device.stage import DeviceStage
-from weightstream.errors import LoadCancelledError, WeightstreamError
+from weightstream.errors import LoadCancelledError, MemoryBudgetError, WeightstreamError
 from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
 from weightstream.prefetch.memory import Peak
 from weightstream.scheduler.engine import Engine
@@ -128,6 +129,9 @@ class Job:
         try:
             with self._engine.account.watch() as peak, quick_thread_switches():
                 report = self._load(sink, peak)
+        except torch.OutOfMemoryError as exc:
+            error = MemoryBudgetError(f"the device has no memory left: {exc}", hint="Free some, or load elsewhere")
+            error.__cause__ = exc
         except BaseException as exc:  # noqa: BLE001 (whatever it is belongs to those who wait for the load)
             error = exc
         self.progress()  # the last counts outlive the flow
@@ -144,6 +148,7 @@ class Job:
             self.finished.set_result(report)
             return
         assert error is not None
+        traceback.clear_frames(error.__traceback__)  # they refer to the model, and whoever keeps the error keeps them
         if not self.started.done():
             self.started.set_exception(error)
         self.finished.set_exception(error)
@@ -155,21 +160,24 @@ class Job:
             stack.callback(checkpoint.close)
             source = engine.machine.open_source(
                 checkpoint,
-                engine.config.prefetch,
+                sink.prefetch_config,
                 pause=self._pause,
                 on_retry=self._count_retry,
                 on_fallback=self.fall_back,
             )
             stack.callback(source.close)
             with no_garbage_collection():
-                prepared = sink.prepare(checkpoint, direct=source.direct)
+                prepared = sink.prepare(checkpoint)
                 self.readiness.expect(prepared.placement.names, prepared.placement.module_names)
             stack.callback(prepared.placement.release)
+            if prepared.backend.lands:
+                stack.enter_context(engine.borrow(prepared.placement.staged_bytes))
             plan, backend = prepared.plan, prepared.backend
             self._total_bytes = plan.num_bytes
-            engine.prepare_memory(
+            if engine.prepare_memory(
                 plan, backend, direct=source.direct, delivers=sink.delivers, on_fallback=self.fall_back
-            )
+            ):
+                stack.callback(engine.leave_ring)
             blocks = _BlockAccount(engine, backend, delivered=sink.delivers)
             stack.callback(blocks.close)
             stream = self._streams.get(backend.device)
@@ -206,8 +214,7 @@ class Job:
             readers.attach(flow)
             while (step := flow.next(deadline, timeout_s)) is not None:
                 if isinstance(step, Filled):
-                    step.slot.segment.settled.wait()
-                    flow.submitted(step, stage.submit(step.chunk.transfer, step.slot.view, step.shift))
+                    _submit(step, stage, flow)
                     continue
                 with no_garbage_collection():
                     self.readiness.mark(sink.take(_completed(step, parts)))
@@ -274,6 +281,16 @@ class Job:
             unexpected_keys=tuple(placement.unexpected_keys),
             verified="none",
         )
+
+
+def _submit(filled: Filled, stage: DeviceStage, flow: Flow) -> None:
+    filled.slot.segment.settled.wait()
+    try:
+        event = stage.submit(filled.chunk.transfer, filled.slot.view, filled.shift)
+    except BaseException:
+        flow.not_submitted(filled)
+        raise
+    flow.submitted(filled, event)
 
 
 class _BlockAccount:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
 
@@ -17,7 +18,15 @@ from torch import nn
 from weightstream.device.accelerator import caller_streams
 from weightstream.scheduler.config import Settings
 from weightstream.scheduler.engine import Engine, Machine
-from weightstream.scheduler.handle import LoadHandle, TensorStream, outlast, settle, stop_and_settle
+from weightstream.scheduler.handle import (
+    LoadHandle,
+    TensorStream,
+    in_own_thread,
+    insist,
+    outlast,
+    settle,
+    stop_and_settle,
+)
 from weightstream.scheduler.job import Job
 from weightstream.scheduler.report import LoadReport
 from weightstream.scheduler.sinks import ConsumerSink, ModelSink, NowhereSink, Sink
@@ -28,8 +37,11 @@ logger = logging.getLogger(__name__)
 
 Path = str | os.PathLike[str]
 
-#: `auto` has one strategy to choose from in this version.
-_REASON = "stream: read into bounded host memory while what has been read is placed, which every device can take"
+#: Why the strategy is `stream`. `auto` has nothing else to choose from in this version.
+_REASONS = {
+    "auto": "auto: bounded host memory, read while what has been read is placed, which every device can take",
+    "stream": "asked for",
+}
 
 
 def make_job(engine: Engine, path: Path | None, sink: Sink, streams: Mapping[torch.device, object]) -> Job:
@@ -43,7 +55,7 @@ def make_job(engine: Engine, path: Path | None, sink: Sink, streams: Mapping[tor
     checkpoint = path if path is not None else engine.config.checkpoint
     if checkpoint is None:
         raise ValueError("no checkpoint: pass a path, or set `checkpoint` in the configuration")
-    return Job(engine, checkpoint, sink, reason=_REASON, streams=streams)
+    return Job(engine, os.fsdecode(checkpoint), sink, reason=_REASONS[engine.config.strategy], streams=streams)
 
 
 class Loader:
@@ -72,18 +84,29 @@ class Loader:
         self._engine = Engine(self._config, self._machine)
         opened = asyncio.Event()
         self._supervisor = asyncio.create_task(self._supervise(opened), name="weightstream-supervisor")
-        await opened.wait()
+        try:
+            await opened.wait()
+        except BaseException:
+            await self._close()
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._close()
+
+    async def _close(self) -> None:
+        """End every load and every thread, however often the closing task is cancelled meanwhile."""
         assert self._supervisor is not None
         assert self._engine is not None
+        ended: Future[None] = Future()
+        self._supervisor.add_done_callback(lambda _: ended.set_result(None))
         self._closing.set()
-        with anyio.CancelScope(shield=True):
-            await asyncio.wait([self._supervisor])
-            await asyncio.to_thread(self._engine.close)
+        try:
+            await insist(ended)
+        finally:
+            await insist(in_own_thread(self._engine.close))
 
     async def start(self, model: nn.Module, path: Path | None = None) -> LoadHandle:
         """Start to load a checkpoint into a model; return once the preflight has passed.

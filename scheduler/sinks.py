@@ -18,6 +18,7 @@ from weightstream.device.placement import Placement, deliver, match
 from weightstream.device.stage import DeviceStage
 from weightstream.errors import MemoryBudgetError, WeightstreamError
 from weightstream.prefetch.checkpoint import Checkpoint
+from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.header import TensorSpec
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.plan import Chunk, LoadPlan, make_plan
@@ -41,12 +42,16 @@ class Prepared(NamedTuple):
 class Sink(Protocol):
     """Where a job's tensors go. Called on the job's thread, in this order, except for `admit`.
 
-    `delivers`: whether blocks belong to somebody else as soon as their tensors have been taken.
+    `delivers`: whether blocks belong to somebody else as soon as their tensors have been taken. `prefetch_config`: how
+    the bytes are to be read.
     """
 
     delivers: bool
 
-    def prepare(self, checkpoint: Checkpoint, *, direct: bool) -> Prepared:
+    @property
+    def prefetch_config(self) -> PrefetchConfig: ...
+
+    def prepare(self, checkpoint: Checkpoint) -> Prepared:
         """Decide where every tensor goes, or fail; change nothing."""
         ...
 
@@ -81,11 +86,17 @@ class ModelSink:
     delivers = False
 
     def __init__(self, engine: Engine, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # not everybody is checked
+            raise TypeError(f"expected a torch.nn.Module, found {type(model).__qualname__}")
         self._engine = engine
         self._model: nn.Module | None = model
         self._binder: Binder | None = None
 
-    def prepare(self, checkpoint: Checkpoint, *, direct: bool) -> Prepared:
+    @property
+    def prefetch_config(self) -> PrefetchConfig:
+        return self._engine.config.prefetch
+
+    def prepare(self, checkpoint: Checkpoint) -> Prepared:
         assert self._model is not None
         config = self._engine.config
         try:
@@ -139,7 +150,12 @@ class NowhereSink:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def prepare(self, checkpoint: Checkpoint, *, direct: bool) -> Prepared:
+    @property
+    def prefetch_config(self) -> PrefetchConfig:
+        """Buffered, whatever was asked for: direct reads leave the page cache as it is."""
+        return self._engine.config.prefetch.model_copy(update={"io": "buffered"})
+
+    def prepare(self, checkpoint: Checkpoint) -> Prepared:
         return _prepare_delivery(self._engine, checkpoint, torch.device("meta"))
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
@@ -190,7 +206,11 @@ class ConsumerSink:
         self._prepared: Prepared | None = None
         self._stage: DeviceStage | None = None
 
-    def prepare(self, checkpoint: Checkpoint, *, direct: bool) -> Prepared:
+    @property
+    def prefetch_config(self) -> PrefetchConfig:
+        return self._engine.config.prefetch
+
+    def prepare(self, checkpoint: Checkpoint) -> Prepared:
         return _prepare_delivery(self._engine, checkpoint, self._engine.default_device())
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
@@ -205,16 +225,23 @@ class ConsumerSink:
         self._prepared, self._stage = prepared, stage
         self._window_bytes = budget.limit_bytes
         if prepared.backend.lands:
-            self._window_bytes = min(total, budget.left_bytes)
-            if largest > self._window_bytes or not budget.take(self._window_bytes):
+            # Half of what is left, so that another stream finds something too, but all that this one cannot do without.
+            self._engine.make_room(min(total, max(largest, budget.limit_bytes // 4)))
+            self._window_bytes = min(total, max(largest, budget.left_bytes // 2))
+            if not budget.take(self._window_bytes):
                 needed = budget.limit_bytes - budget.left_bytes + largest
                 raise MemoryBudgetError(
-                    "the largest tensor does not fit into what is left of prefetch.host_memory",
+                    "the largest tensor does not fit into what other loads leave of prefetch.host_memory",
+                    tensor=self._largest_tensor(),
                     expected=f"{largest} bytes",
                     actual=f"{budget.left_bytes} bytes",
                     hint=f"Set prefetch.host_memory to {needed} bytes or more",
                 )
             self._taken_bytes = self._window_bytes
+
+    def _largest_tensor(self) -> str:
+        assert self._prepared is not None
+        return max(self._prepared.placement.places, key=lambda place: place.num_bytes).name
 
     def admit(self, chunk: Chunk) -> bool:
         assert self._prepared is not None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +14,7 @@ from weightstream.config import LoaderConfig
 from weightstream.device.accelerator import caller_streams
 from weightstream.scheduler import loader as scheduler
 from weightstream.scheduler.engine import Engine, Machine
+from weightstream.scheduler.handle import in_own_thread
 from weightstream.scheduler.job import Job
 from weightstream.scheduler.report import LoadReport
 from weightstream.scheduler.sinks import ConsumerSink, ModelSink, drain
@@ -25,7 +28,7 @@ class Loader(scheduler.Loader):
     """A `scheduler.loader.Loader` whose configuration, if none is given, comes from defaults and the environment."""
 
     def __init__(self, config: LoaderConfig | None = None, *, machine: Machine | None = None) -> None:
-        super().__init__(config or LoaderConfig(), machine=machine)
+        super().__init__(LoaderConfig() if config is None else config, machine=machine)
 
 
 async def load(model: nn.Module, path: Path | None = None, *, config: LoaderConfig | None = None) -> LoadReport:
@@ -51,7 +54,7 @@ def load_sync(model: nn.Module, path: Path | None = None, *, config: LoaderConfi
 
     An exception in the waiting thread (KeyboardInterrupt) cancels the load and cleans up.
     """
-    engine = Engine(config or LoaderConfig())
+    engine = Engine(LoaderConfig() if config is None else config)
     try:
         job = scheduler.make_job(engine, path, ModelSink(engine, model), caller_streams())
         job.start()
@@ -70,19 +73,26 @@ def iter_tensors(path: Path | None = None, config: LoaderConfig | None = None) -
     Raises:
         WeightstreamError: see `weightstream.errors`.
     """
-    engine = Engine(config or LoaderConfig())
+    engine = Engine(LoaderConfig() if config is None else config)
+    job: Job | None = None
     try:
         sink = ConsumerSink(engine)
         job = scheduler.make_job(engine, path, sink, caller_streams())
         job.start()
-        try:
-            yield from drain(sink)
-            _result(job)
-        finally:
-            job.stop()
-            job.finished.exception()
+        yield from drain(sink)
+        _result(job)
     finally:
-        engine.close()
+        ended = in_own_thread(functools.partial(_end, job, engine))
+        # The garbage collector closes a forgotten iterator on whatever thread it runs, even one that has to end first.
+        if not threading.current_thread().name.startswith("weightstream-"):
+            ended.result()
+
+
+def _end(job: Job | None, engine: Engine) -> None:
+    if job is not None:
+        job.stop()
+        job.finished.exception()
+    engine.close()
 
 
 def _result(job: Job) -> LoadReport:
