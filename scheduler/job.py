@@ -134,6 +134,10 @@ class Job:
             error.__cause__ = exc
         except BaseException as exc:  # noqa: BLE001 (whatever it is belongs to those who wait for the load)
             error = exc
+        if error is not None:
+            # Its frames refer to the model, and whoever keeps the error keeps them. Not later than here: once others
+            # can raise it, it collects frames of theirs, and to clear a coroutine's is to end it.
+            traceback.clear_frames(error.__traceback__)
         self.progress()  # the last counts outlive the flow
         self._flow = None
         self._sink = None  # it refers to the model: who keeps a handle must not keep the model's old tensors alive
@@ -148,7 +152,6 @@ class Job:
             self.finished.set_result(report)
             return
         assert error is not None
-        traceback.clear_frames(error.__traceback__)  # they refer to the model, and whoever keeps the error keeps them
         if not self.started.done():
             self.started.set_exception(error)
         self.finished.set_exception(error)

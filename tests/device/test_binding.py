@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+import weightstream as ws
 from tests.builders import assert_same, bytes_of, random_tensors, write_in_order
 from tests.fakes.rig import Rig
 from tests.models import SmallNet, tensors_of
@@ -403,3 +405,77 @@ async def test_saved_large_tensor_brings_no_block_along(rig: Rig, tmp_path: Path
     await load(rig, tmp_path, model, tensors_of(model))
     torch.save(model.large.weight, tmp_path / "large.pt")
     assert (tmp_path / "large.pt").stat().st_size < model.large.weight.nbytes + 4096
+
+
+class _WithConjugate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("c", torch.zeros(16, dtype=torch.complex64).conj())
+
+
+def test_conjugate_view_is_written_through(tmp_path: Path) -> None:
+    stored = torch.arange(16).to(torch.complex64) * (1 + 2j)
+    save_file({"c": stored}, tmp_path / "model.safetensors")
+    model = _WithConjugate()
+    ws.load_sync(model, tmp_path / "model.safetensors")
+    assert torch.equal(model.get_buffer("c").resolve_conj(), stored)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: torch.zeros(1, 4).expand(3, 4), lambda: torch.zeros(3, 4).to_sparse()], ids=["expanded", "sparse"]
+)
+def test_tensor_without_memory_for_every_element_is_refused_by_name(
+    tmp_path: Path, make: Callable[[], torch.Tensor]
+) -> None:
+    save_file({"c": torch.ones(3, 4)}, tmp_path / "model.safetensors")
+    model = nn.Module()
+    model.register_buffer("c", make())
+    with pytest.raises(ws.PlacementError, match=r"c in .*no memory of its own"):
+        ws.load_sync(model, tmp_path / "model.safetensors")
+
+
+def test_module_that_loads_itself_keeps_the_buffers_it_has_and_their_ties(tmp_path: Path) -> None:
+    model = nn.Module()
+    model.bn = nn.BatchNorm1d(4)
+    model.other = nn.Module()
+    model.other.register_buffer("mean", model.bn.running_mean)
+    save_file(
+        {name: torch.full_like(t, 7).clone() for name, t in model.state_dict().items()}, tmp_path / "m.safetensors"
+    )
+    model.bn.weight = nn.Parameter(torch.empty(4, device="meta"))
+    model.bn.bias = nn.Parameter(torch.empty(4, device="meta"))
+    mean = model.bn.running_mean
+    ws.load_sync(model, tmp_path / "m.safetensors")
+    assert model.bn.running_mean is mean
+    assert model.other.mean is mean
+    assert [t.tolist() for t in (mean, model.bn.weight, model.bn.bias)] == [[7.0] * 4] * 3
+
+
+def test_hook_of_a_module_sees_the_names_of_the_whole_model(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    seen: list[str] = []
+
+    def rename(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+        seen.append(prefix)
+        state["1.weight"] = state.pop("1.kernel")
+
+    model[1].register_load_state_dict_pre_hook(rename)  # type: ignore[no-untyped-call]
+    stored = {
+        "0.weight": torch.ones(2, 2),
+        "0.bias": torch.ones(2),
+        "1.kernel": torch.ones(2, 2),
+        "1.bias": torch.ones(2),
+    }
+    save_file(stored, tmp_path / "m.safetensors")
+    ws.load_sync(model, tmp_path / "m.safetensors")
+    assert seen == ["1."]
+    assert all(bool((parameter == 1).all()) for parameter in model.parameters())
+
+
+def test_gradient_hook_on_meta_is_refused_by_name(tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(2, 2)}, tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        model = nn.Linear(2, 2, bias=False)
+    model.weight.register_hook(lambda grad: grad)  # type: ignore[no-untyped-call]
+    with pytest.raises(ws.PlacementError, match=r"weight in .*gradient hook"):
+        ws.load_sync(model, tmp_path / "m.safetensors")

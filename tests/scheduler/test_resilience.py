@@ -1,0 +1,198 @@
+"""What a Loader survives: failed copies, impatient cancellation, forgotten streams, several users of one budget."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import weightstream as ws
+from tests.fakes.accelerator import FakeAccelerator
+from weightstream.api import Loader
+from weightstream.scheduler.clock import SystemClock
+from weightstream.scheduler.engine import Machine
+from weightstream.scheduler.loader import Loader as SchedulerLoader
+
+MIB = 2**20
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Eight tensors of 1 MiB."""
+    target = tmp_path / "model.safetensors"
+    save_file({f"t{i}": torch.full((256, 1024), float(i)) for i in range(8)}, target)
+    return target
+
+
+def config(**prefetch: Any) -> ws.LoaderConfig:
+    given = {"host_memory": 8 * MIB, "chunk": MIB} | prefetch
+    return ws.LoaderConfig(prefetch=given, device={"target": "cpu"})  # type: ignore[arg-type]  # pydantic makes them
+
+
+def model_of(path: Path, *, device: str) -> nn.ParameterDict:
+    return nn.ParameterDict({f"t{i}": nn.Parameter(torch.zeros(256, 1024, device=device)) for i in range(8)})
+
+
+def own_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("weightstream-")]
+
+
+class Failing(FakeAccelerator):
+    """Has no memory left for its first so many blocks."""
+
+    num_failures = 0
+
+    def allocate(self, num_bytes: int, stream: object) -> tuple[torch.Tensor, memoryview | None]:
+        if self.num_failures:
+            self.num_failures -= 1
+            raise torch.OutOfMemoryError("no memory")
+        return super().allocate(num_bytes, stream)
+
+
+async def test_copies_that_cannot_be_submitted_cost_no_slot(path: Path) -> None:
+    clock = SystemClock()
+    device = Failing(clock)
+    device.num_failures = 3
+    machine = Machine(clock=clock, open_backend=lambda _: device)
+    async with Loader(config(), machine=machine) as loader:
+        model = model_of(path, device="meta")
+        for _ in range(3):
+            with pytest.raises(ws.MemoryBudgetError, match="no memory left"):
+                await loader.load(model, path)
+            assert all(parameter.is_meta for parameter in model.values())
+        assert loader._engine is not None
+        found = loader._engine.ring.statistics()
+        assert found.num_free == found.num_slots
+        await loader.load(model, path)
+    assert not device.hazards
+
+
+@pytest.mark.parametrize("times", [1, 2, 5])
+async def test_load_that_is_cancelled_again_and_again_is_cleaned_up_before_it_returns(path: Path, times: int) -> None:
+    gate = threading.Event()
+
+    class Blocked(FakeAccelerator):
+        def follow(self, stream: object) -> None:
+            gate.wait(30)
+            super().follow(stream)
+
+    clock = SystemClock()
+    device = Blocked(clock)
+    model = model_of(path, device="meta")
+    async with Loader(config(), machine=Machine(clock=clock, open_backend=lambda _: device)) as loader:
+        handle = await loader.start(model, path)  # the preflight has passed, and the load's thread is at the gate
+        task = asyncio.create_task(handle.cancel())
+        for _ in range(times):
+            await asyncio.sleep(0)
+            task.cancel()
+        await asyncio.sleep(0)
+        assert not task.done()
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert handle.progress.state == "failed"
+        assert all(parameter.is_meta for parameter in model.values())
+
+
+async def test_loader_whose_opening_is_cancelled_leaves_nothing() -> None:
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        async with Loader(config()):
+            pytest.fail("it was cancelled")
+    assert scope.cancelled_caught
+    assert own_threads() == []
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_loader_that_is_closed_under_cancellation_ends_its_threads() -> None:
+    loader = Loader(config())
+    await loader.__aenter__()
+    closing = asyncio.create_task(loader.__aexit__(None, None, None))
+    for _ in range(3):
+        await asyncio.sleep(0)
+        closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert own_threads() == []
+
+
+async def count(loader: SchedulerLoader, path: Path) -> int:
+    return sum([1 async for _ in loader.stream(path)])
+
+
+async def test_streams_share_the_budget(path: Path) -> None:
+    async with Loader(config()) as loader:
+        assert list(await asyncio.gather(count(loader, path), count(loader, path))) == [8, 8]
+
+
+async def test_ring_of_a_load_that_has_ended_makes_room_for_a_stream(path: Path) -> None:
+    async with Loader(config()) as loader:
+        await loader.load(model_of(path, device="cpu"), path)
+        assert loader._engine is not None
+        assert loader._engine.ring.statistics().num_slots > 0
+        assert await count(loader, path) == 8
+
+
+async def test_stream_leaves_room_for_a_load_into_memory_that_is_there(path: Path) -> None:
+    model = model_of(path, device="cpu")
+    async with Loader(config()) as loader, loader.stream(path) as stream:
+        await anext(stream)
+        await loader.load(model, path)
+    assert [int(model[f"t{i}"][0, 0]) for i in range(8)] == list(range(8))
+
+
+async def test_stream_that_is_forgotten_gives_its_budget_back(path: Path) -> None:
+    async with Loader(config()) as loader:
+        async for _ in loader.stream(path):
+            break
+        gc.collect()
+        assert loader._engine is not None
+        with anyio.fail_after(30):
+            while loader._engine.budget.left_bytes < 8 * MIB:  # noqa: ASYNC110 (nothing tells when)
+                await asyncio.sleep(0.001)
+
+
+def test_iterator_that_the_collector_closes_on_a_thread_of_ours_does_not_wait_for_itself(path: Path) -> None:
+    iterator = ws.iter_tensors(path, config())
+    next(iterator)
+    closer = threading.Thread(target=iterator.close, name="weightstream-load")  # type: ignore[attr-defined]
+    closer.start()
+    closer.join(30)
+    assert not closer.is_alive()
+
+
+def test_tensors_that_are_only_copied_at_the_end_count_towards_the_budget(tmp_path: Path) -> None:
+    weight = torch.randn(1024, 4096)
+    save_file({"a.weight": weight, "b.weight": weight.clone()}, tmp_path / "tied.safetensors")
+    with torch.device("meta"):
+        model = nn.ModuleDict({"a": nn.Linear(4096, 1024, bias=False), "b": nn.Linear(4096, 1024, bias=False)})
+    model["b"].weight = model["a"].weight
+    with pytest.raises(ws.MemoryBudgetError, match=f"host_memory to {16 * MIB} bytes"):
+        ws.load_sync(model, tmp_path / "tied.safetensors", config=config())
+    assert model["a"].weight.is_meta
+    ws.load_sync(model, tmp_path / "tied.safetensors", config=config(host_memory=16 * MIB))
+    assert model["b"].weight is model["a"].weight
+    assert torch.equal(weight, model["a"].weight)  # type: ignore[arg-type]  # nn.ModuleDict knows no types
+
+
+def test_page_cache_is_warmed_through_the_page_cache_whatever_io_says(path: Path) -> None:
+    async def warm() -> ws.LoadReport:
+        async with Loader(config(io="direct")) as loader:
+            return await loader.warm(path)
+
+    report = asyncio.run(warm())
+    assert report.device == "page-cache"
+    assert report.fallbacks == ()
+
+
+def test_model_that_is_no_module_is_a_type_error(path: Path) -> None:
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module, found dict"):
+        ws.load_sync({}, path, config=config())  # type: ignore[arg-type]  # that is the point
