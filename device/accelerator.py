@@ -23,8 +23,9 @@ from typing import Any, cast
 import torch
 
 from weightstream.device.backend import Event, Spread, cast_or_copy
+from weightstream.errors import PlacementError
 
-__all__ = ["AcceleratorBackend", "caller_streams", "default_device", "free_bytes"]
+__all__ = ["AcceleratorBackend", "caller_streams", "default_device", "find_device", "free_bytes"]
 
 #: cudaHostRegisterPortable: page-locked for all devices of the process, not the current one alone.
 _PORTABLE = 1
@@ -41,6 +42,30 @@ def default_device() -> torch.device:
         if kind is not None:
             return torch.device(kind.type, torch.accelerator.current_device_index())
     return torch.device("cpu")
+
+
+def find_device(target: str) -> torch.device:
+    """Return the device that `device.target` stands for. May start a driver: not for the event loop's thread.
+
+    Raises:
+        PlacementError: this machine has no such device, or torch cannot use it. Its `expected` names those there are.
+    """
+    if target == "auto":
+        return default_device()
+    if target in ("cpu", "cpu:0"):
+        return torch.device("cpu")
+    names = ["cpu"]
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if kind is not None:
+        names += [kind.type, *(f"{kind.type}:{index}" for index in range(torch.accelerator.device_count()))]
+    if target not in names:
+        raise PlacementError(
+            f"device.target: there is no {target} here",
+            expected=", ".join(names),
+            actual=target,
+            hint="Set device.target to one of these, or to auto",
+        )
+    return torch.device(target) if ":" in target else default_device()
 
 
 def caller_streams() -> dict[torch.device, object]:

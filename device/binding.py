@@ -190,7 +190,8 @@ def _load_module(
         if child is not None:
             below = {key: value for key, value in state.items() if key.startswith(f"{prefix}{name}.")}
             _load_module(child, below, f"{prefix}{name}.", keys, errors, assign=assign)
-    for hook in module._load_state_dict_post_hooks.values():
+    hooks = cast("dict[int, Callable[[nn.Module, _Keys], object]]", vars(module)["_load_state_dict_post_hooks"])
+    for hook in hooks.values():
         hook(module, keys)
 
 

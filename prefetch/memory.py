@@ -23,7 +23,7 @@ __all__ = ["PAGE_BYTES", "Budget", "MemoryAccount", "Peak", "allocate", "availab
 PAGE_BYTES = 4096
 
 _CGROUP = Path("/sys/fs/cgroup")
-
+_MEMBERSHIP = Path("/proc/self/cgroup")
 
 #: The number of the system call `mbind`, for which the C library has no function; and its "prefer this node".
 _MBIND = {"x86_64": 237, "aarch64": 235}
@@ -119,29 +119,42 @@ class Budget:
             self._taken -= num_bytes
 
 
-def available_bytes(*, cgroup: Path = _CGROUP) -> int:
+def available_bytes(*, cgroup: Path = _CGROUP, membership: Path = _MEMBERSHIP) -> int:
     """Return how many bytes of memory this process may still take: the machine's, or its cgroup's if that is less.
 
     Page cache counts as available, since the kernel gives it up. cgroup v2 (`memory.max`) and v1
-    (`memory.limit_in_bytes`) are both read, as a container sees them.
+    (`memory.limit_in_bytes`) are both read. A group's limit holds for all groups below it, so the least counts.
+
+    Args:
+        cgroup: where cgroups are mounted.
+        membership: says which groups this process is in.
     """
     available = psutil.virtual_memory().available
-    for limit_file, usage_file, cache_key in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    for root, controller, limit_file, usage_file, cache_key in (
+        (cgroup, "", "memory.max", "memory.current", "inactive_file"),
+        (cgroup / "memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        try:
-            limit = (cgroup / limit_file).read_text().strip()
-            if limit == "max":
-                continue
-            usage = int((cgroup / usage_file).read_text())
-            stat = dict(
-                line.split() for line in (cgroup / usage_file).with_name("memory.stat").read_text().splitlines()
-            )
-            available = min(available, int(limit) - usage + int(stat.get(cache_key, 0)))
-        except (OSError, ValueError):
-            continue
+        for group in _groups(root, controller, membership):
+            with suppress(OSError, ValueError):  # also for the limit "max"
+                limit = int((group / limit_file).read_text())
+                usage = int((group / usage_file).read_text())
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                available = min(available, limit - usage + int(stat.get(cache_key, 0)))
     return max(0, available)
+
+
+def _groups(root: Path, controller: str, membership: Path) -> list[Path]:
+    """Return the folders of this process's group and of those above it, up to the root of the mount.
+
+    In a container they may be missing, all but the root, which is then the container's own group.
+    """
+    inside = Path()
+    with suppress(OSError, ValueError):
+        for line in membership.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controller in controllers.split(",") and ".." not in Path(path).parts:  # that is outside of the mount
+                inside = Path(path.lstrip("/"))
+    return [root / inside, *(root / parent for parent in inside.parents)]
 
 
 def usable_cores() -> int:

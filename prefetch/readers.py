@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
@@ -85,13 +86,14 @@ class ReaderPool:
                 self._add_thread()
 
     def close(self, timeout_s: float) -> None:
-        """End all threads that are not stuck, and wait for them at most `timeout_s` seconds each."""
+        """End all threads that are not stuck, and wait for them at most `timeout_s` seconds in all."""
         with self._condition:
             self._closed = True
             self._queues.clear()
             self._condition.notify_all()
+        deadline = time.monotonic() + timeout_s
         for thread in self._threads:
-            thread.join(timeout_s)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _add_thread(self) -> None:
         self._threads.append(self._spawn(self._run, f"weightstream-reader-{len(self._threads)}"))

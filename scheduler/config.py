@@ -28,7 +28,8 @@ class SchedulerConfig(BaseModel):
     )
     timeout_s: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        description="Seconds after which a load fails with LoadTimeoutError. null: never.",
+        description="Seconds after which a load fails with LoadTimeoutError, counted from its start. They cover reading "
+        "and copying: the preflight and modules that load themselves are not interrupted. null: never.",
     )
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from weightstream.device.accelerator import AcceleratorBackend, default_device, free_bytes
+from weightstream.device.accelerator import AcceleratorBackend, find_device, free_bytes
 from weightstream.device.backend import Backend, HostBackend, NowhereBackend
 from weightstream.errors import MemoryBudgetError
 from weightstream.prefetch.checkpoint import Checkpoint
@@ -121,13 +121,8 @@ class Engine:
             )
 
     def default_device(self) -> torch.device:
-        """Return the device that `device.target` stands for. May start a driver: not for the event loop's thread."""
-        target = self.config.device.target
-        if target == "auto":
-            return default_device()
-        if ":" in target or target in ("cpu", "meta"):
-            return torch.device(target)
-        return torch.device(target, torch.accelerator.current_device_index())
+        """Return the device that `device.target` stands for; see `find_device`."""
+        return find_device(self.config.device.target)
 
     def backend(self, device: torch.device) -> Backend:
         """Return the one backend for a device."""

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from weightstream.complaints import ConfigurationError
-from weightstream.device.accelerator import default_device
-from weightstream.errors import WeightstreamError
+from weightstream.device.accelerator import find_device
+from weightstream.errors import PlacementError, WeightstreamError
 
 __all__ = ["BuildError", "build_model", "target_device"]
 
@@ -28,16 +28,10 @@ def target_device(target: str) -> torch.device:
     Raises:
         ConfigurationError: this machine has no such device, or torch cannot use it.
     """
-    if target == "auto":
-        return default_device()
-    names = ["cpu"]
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is not None:
-        numbered = [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
-        names += [accelerator.type, *numbered]
-    if target not in names:
-        raise ConfigurationError(f"device.target: there is no {target} here, but {', '.join(names)}")
-    return torch.device(target)
+    try:
+        return find_device(target)
+    except PlacementError as error:
+        raise ConfigurationError(f"{error.what}, but {error.expected}") from error
 
 
 def build_model(spec: str, checkpoint: Path, device: torch.device) -> nn.Module:

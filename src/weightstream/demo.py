@@ -1,18 +1,20 @@
 """`weightstream demo`: write a checkpoint, load it, compare every byte, and say what happened.
 
 Owns one folder, `demo` in the user's cache folder for weightstream. It is written under another name and renamed, so
-that it is complete if it is there. Importing this does not import torch.
+that it is complete if it is there. `demo.lock` beside it is held by whoever writes it (alone) or reads it (with others).
+Importing this does not import torch.
 """
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import os
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import platformdirs
 import psutil
@@ -57,21 +59,27 @@ async def show(display: Display, shutdown: Shutdown, *, fresh: bool) -> None:
 
     folder = Path(platformdirs.user_cache_dir("weightstream")) / "demo"
     model = await in_thread(toy.build_on_meta)
-    origin = "there from an earlier run (--fresh writes them anew)"
-    if fresh or not await in_thread(toy.is_complete, model, folder):
-        origin = "written now, and kept for the next run"
-        with display.meters(["write"]) as update:
-            await in_thread(_write, model, folder, update, shutdown)
-    with display.step("starting the device"):
-        device = await in_thread(toy.start_device, config.device.target)
-    async with Loader(config) as loader:
-        with display.step("checking the checkpoint"):
-            handle = await loader.start(model, folder)
-        before = await in_thread(_bytes_from_disk)
-        report = await follow(handle, display, ("disk", device))
-        from_disk = await in_thread(_bytes_from_disk) - before
-    with display.meters(["check"]) as update:
-        wrong = await in_thread(toy.differences, model, folder, update)
+    with await in_thread(_open_lock, folder) as lock:
+        origin = "there from an earlier run (--fresh writes them anew)"
+        await _take(lock, fcntl.LOCK_SH, display)
+        while fresh or not await in_thread(toy.is_complete, model, folder):
+            await _take(lock, fcntl.LOCK_EX, display)
+            if fresh or not await in_thread(toy.is_complete, model, folder):  # another run may just have written it
+                fresh = False
+                origin = "written now, and kept for the next run"
+                with display.meters(["write"]) as update:
+                    await in_thread(_write, model, folder, update, shutdown)
+            await _take(lock, fcntl.LOCK_SH, display)  # another run may come in between, and be killed: hence the loop
+        with display.step("starting the device"):
+            device = await in_thread(toy.start_device, config.device.target)
+        async with Loader(config) as loader:
+            with display.step("checking the checkpoint"):
+                handle = await loader.start(model, folder)
+            before = await in_thread(_bytes_from_disk)
+            report = await follow(handle, display, ("disk", device))
+            from_disk = await in_thread(_bytes_from_disk) - before
+        with display.meters(["check"]) as update:
+            wrong = await in_thread(toy.differences, model, folder, update)
     if wrong:
         raise IntegrityError(
             f"{len(wrong)} tensors differ from what safetensors' own reader finds",
@@ -82,17 +90,45 @@ async def show(display: Display, shutdown: Shutdown, *, fresh: bool) -> None:
     await in_thread(_print, report, folder, origin, from_disk)
 
 
+async def _take(lock: IO[bytes], kind: int, display: Display) -> None:
+    """Take a lock, or exchange the one that is held for another kind; wait for other runs if need be."""
+    if not await in_thread(_flock, lock, kind | fcntl.LOCK_NB):
+        with display.step("waiting for another demo"):
+            await in_thread(_flock, lock, kind)
+
+
+def _open_lock(folder: Path) -> IO[bytes]:
+    with _telling(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return folder.with_name(f"{folder.name}.lock").open("ab")  # never removed: others may be waiting for it
+
+
+def _flock(lock: IO[bytes], operation: int) -> bool:
+    with _telling(Path(lock.name)):
+        try:
+            fcntl.flock(lock, operation)
+        except BlockingIOError:
+            return False
+        return True
+
+
 def _write(model: nn.Module, folder: Path, update: MeterUpdate, shutdown: Shutdown) -> None:
     """Write the checkpoint to `folder`, all of it or nothing."""
     from weightstream import toy  # noqa: PLC0415
 
     needed = toy.checkpoint_bytes(model)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    with _telling(folder):
         _remove_left_over(folder)
         _check_space(folder.parent, needed)
         with _partial(folder, shutdown) as partial:
             toy.write_checkpoint(model, partial, update)
+
+
+@contextmanager
+def _telling(folder: Path) -> Generator[None, None, None]:
+    """Make what the operating system refuses a DemoError."""
+    try:
+        yield
     except OSError as error:
         raise DemoError(
             f"cannot write the demo's checkpoint: {error.strerror}",

@@ -31,6 +31,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_demo_writes_loads_and_checks(weightstream: Run, cache: Path) -> None:
     result = weightstream("demo")
     assert result.code == 0
@@ -39,7 +43,7 @@ def test_demo_writes_loads_and_checks(weightstream: Run, cache: Path) -> None:
     assert "checked every byte of all 3,187 tensors, against safetensors' own reader: equal" in out
     assert "files written now, and kept for the next run" in out
     assert f"delete rm -r '{cache}/demo'" in out
-    assert [path.name for path in cache.iterdir()] == ["demo"]
+    assert names(cache) == ["demo", "demo.lock"]
     assert "Where the time went" in out
     assert "host memory" in out
     assert "weightstream: write" in result.err
@@ -131,7 +135,7 @@ def test_disk_without_room_is_told_before_anything_is_written(
         f"error: {cache}: the disk has no room for the demo's checkpoint: expected {needed} free, found 12.3 MB."
         " Set XDG_CACHE_HOME to a folder on a disk with room"
     )
-    assert list(cache.iterdir()) == []
+    assert names(cache) == ["demo.lock"]
 
 
 def test_disk_that_fills_up_leaves_nothing(weightstream: Run, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +149,7 @@ def test_disk_that_fills_up_leaves_nothing(weightstream: Run, cache: Path, monke
     result = weightstream("demo")
     assert result.code == 1
     assert "cannot write the demo's checkpoint: No space left on device" in result.err
-    assert list(cache.iterdir()) == []
+    assert names(cache) == ["demo.lock"]
 
 
 def test_cache_folder_that_cannot_be_made_is_told(weightstream: Run, cache: Path) -> None:
@@ -162,4 +166,4 @@ def test_partial_folders_of_the_dead_are_removed(weightstream: Run, cache: Path)
         folder.mkdir(parents=True)
         (folder / "file").touch()
     assert weightstream("demo").code == 0
-    assert sorted(path.name for path in cache.iterdir()) == ["demo", alive.name]
+    assert names(cache) == ["demo", "demo.lock", alive.name]

@@ -142,8 +142,48 @@ def test_interrupted_demo_leaves_all_of_the_checkpoint_or_nothing(moment: str, s
     result = running.end_by(signal.SIGINT)
     assert result.code == 130
     assert "Traceback" not in result.err
-    left = [path.name for path in (tmp_path / "weightstream").iterdir()]
-    assert left == ([] if moment == "writing" else ["demo"])
+    left = sorted(path.name for path in (tmp_path / "weightstream").iterdir())
+    assert left == (["demo.lock"] if moment == "writing" else ["demo", "demo.lock"])
+
+
+def test_demo_leaves_the_checkpoint_alone_while_another_one_loads_it(start: Start, tmp_path: Path) -> None:
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "WEIGHTSTREAM_DEVICE__TARGET": "cpu"}
+    first = start("demo", prepare=SMALL + textwrap.dedent(DEMO_MOMENTS["loading"]), environment=environment)
+    first.wait_for("REACHED")
+    folder = tmp_path / "weightstream" / "demo"
+    before = folder.stat().st_ino
+    assert start("demo", prepare=SMALL, environment=environment).result().code == 0, "reading disturbs nobody"
+    fresh = start("demo", "--fresh", prepare=SMALL, environment=environment)
+    fresh.wait_for("waiting for another demo")
+    assert folder.stat().st_ino == before
+    assert fresh.end_by(signal.SIGINT).code == 130, "also while it waits"
+    assert folder.stat().st_ino == before
+    fresh = start("demo", "--fresh", prepare=SMALL, environment=environment)
+    fresh.wait_for("waiting for another demo")
+    first.end_by(signal.SIGINT)
+    result = fresh.result()
+    assert (result.code, "written now" in result.out) == (0, True)
+
+
+def test_demo_uses_what_another_one_is_writing(start: Start, tmp_path: Path) -> None:
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "WEIGHTSTREAM_DEVICE__TARGET": "cpu"}
+    slow = """
+        import weightstream.toy as toy
+        write = toy.write_checkpoint
+        def write_slowly(*rest):
+            reached()
+            while not os.path.exists(os.environ["XDG_CACHE_HOME"] + "/go"): time.sleep(0.01)
+            write(*rest)
+        toy.write_checkpoint = write_slowly
+    """
+    first = start("demo", prepare=SMALL + textwrap.dedent(slow), environment=environment)
+    first.wait_for("REACHED")
+    second = start("demo", prepare=SMALL, environment=environment)
+    second.wait_for("waiting for another demo")
+    (tmp_path / "go").touch()
+    for running, origin in ((first, "written now"), (second, "there from an earlier run")):
+        result = running.result()
+        assert (result.code, origin in result.out) == (0, True)
 
 
 def test_inspect_can_be_interrupted(checkpoint: Path, start: Start) -> None:

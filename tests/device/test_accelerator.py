@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from weightstream.device import accelerator
+from weightstream.errors import PlacementError
 
 
 @pytest.mark.parametrize(
@@ -33,3 +34,43 @@ def test_memory_node_is_unknown_where_torch_does_not_tell_the_slot(
     module = SimpleNamespace(get_device_properties=lambda device: SimpleNamespace())
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     assert accelerator.numa_node_of(torch.device("cuda", 0), devices=tmp_path) is None
+
+
+@pytest.fixture(name="two_devices")
+def fixture_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with cuda:0 and cuda:1, of which the second is the current one."""
+    answers = {
+        "is_available": True,
+        "current_accelerator": torch.device("cuda"),
+        "device_count": 2,
+        "current_device_index": 1,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.accelerator, name, lambda answer=answer: answer)
+
+
+@pytest.mark.usefixtures("two_devices")
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu"), ("cpu:0", "cpu")],
+)
+def test_target_is_a_device_of_this_machine(target: str, expected: str) -> None:
+    assert accelerator.find_device(target) == torch.device(expected)
+
+
+@pytest.mark.usefixtures("two_devices")
+@pytest.mark.parametrize("target", ["bogus", "meta", "xpu", "cuda:2", "cpu:1", "cuda:01"])
+def test_target_that_this_machine_lacks_is_told_with_those_it_has(target: str) -> None:
+    with pytest.raises(PlacementError) as caught:
+        accelerator.find_device(target)
+    assert (caught.value.expected, caught.value.actual) == ("cpu, cuda, cuda:0, cuda:1", target)
+    assert str(caught.value).startswith(f"device.target: there is no {target} here: expected cpu, ")
+    assert "auto" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("target", ["cuda", "cuda:0"])
+def test_accelerator_is_no_target_where_torch_finds_none(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert accelerator.find_device("auto") == torch.device("cpu")
+    with pytest.raises(PlacementError, match=f"no {target} here: expected cpu, found {target}"):
+        accelerator.find_device(target)

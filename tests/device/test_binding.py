@@ -445,6 +445,7 @@ def test_module_that_loads_itself_keeps_the_buffers_it_has_and_their_ties(tmp_pa
     model.bn.weight = nn.Parameter(torch.empty(4, device="meta"))
     model.bn.bias = nn.Parameter(torch.empty(4, device="meta"))
     mean = model.bn.running_mean
+    assert mean is not None
     ws.load_sync(model, tmp_path / "m.safetensors")
     assert model.bn.running_mean is mean
     assert model.other.mean is mean

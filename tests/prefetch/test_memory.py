@@ -191,6 +191,40 @@ def test_cgroup_that_says_nothing_leaves_the_machine_s_memory(
     assert available_bytes(cgroup=tmp_path) == 50 * MIB
 
 
+def write_groups(tmp_path: Path, version: int, line: str, groups: dict[str, int]) -> tuple[Path, Path]:
+    """A mount with groups and what is left in each; and the file that says which one this process is in."""
+    for path, left in groups.items():
+        place = tmp_path / "mount" / ("memory" if version == 1 else "") / path
+        place.mkdir(parents=True, exist_ok=True)
+        names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        for name, text in zip((*names, "memory.stat"), (str(left + 10), "30", STAT[version].format(20)), strict=True):
+            (place / name).write_text(text)
+    membership = tmp_path / "membership"
+    membership.write_text(f"9:name=systemd:/x\n3:cpu,memory:/a:c/b\n{line}\n" if version == 1 else f"{line}\n")
+    return tmp_path / "mount", membership
+
+
+@pytest.mark.parametrize("tightest", ["", "a:c", "a:c/b"], ids=["root", "parent", "own"])
+@pytest.mark.parametrize("version", [1, 2], ids=["v1", "v2"])
+def test_least_of_the_own_group_and_those_above_counts(tmp_path: Path, version: int, tightest: str) -> None:
+    groups = {"": 9 * MIB, "a:c": 9 * MIB, "a:c/b": 9 * MIB, "other": MIB} | {tightest: 5 * MIB}
+    mount, membership = write_groups(tmp_path, version, "0::/" if version == 1 else "0::/a:c/b", groups)
+    assert available_bytes(cgroup=mount, membership=membership) == 5 * MIB
+
+
+def test_group_without_a_limit_leaves_that_of_its_parent(tmp_path: Path) -> None:
+    mount, membership = write_groups(tmp_path, 2, "0::/a/b", {"a": 5 * MIB, "a/b": MIB})
+    (mount / "a" / "b" / "memory.max").write_text("max\n")
+    assert available_bytes(cgroup=mount, membership=membership) == 5 * MIB
+
+
+@pytest.mark.parametrize("line", ["0::/docker/0123", "0::/../../other", "nonsense", ""])
+def test_group_that_is_not_below_the_mount_leaves_the_mount_s_root(tmp_path: Path, line: str) -> None:
+    """As in a container, whose path is told as the host knows it."""
+    mount, membership = write_groups(tmp_path, 2, line, {"": 5 * MIB, "../other": MIB})
+    assert available_bytes(cgroup=mount, membership=membership) == 5 * MIB
+
+
 def test_machine_without_cgroups_is_no_problem(tmp_path: Path) -> None:
     assert available_bytes(cgroup=tmp_path / "none") > 0
 

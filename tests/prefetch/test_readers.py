@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator
 
@@ -209,6 +210,19 @@ def test_closing_does_not_wait_for_a_thread_that_is_stuck(make_pool: Pools) -> N
     gate.may_end.set()
     make_pool.threads[0].join(LIMIT_S)
     assert make_pool.num_alive == 0
+
+
+def test_closing_waits_for_all_stuck_threads_together(make_pool: Pools) -> None:
+    gates = [Gate() for _ in range(8)]
+    pool = make_pool(8)
+    pool.attach(Reads(*gates))
+    for gate in gates:
+        assert gate.begun.wait(LIMIT_S)
+    begin = time.monotonic()
+    pool.close(0.25)
+    assert 0.25 <= time.monotonic() - begin < 1.5  # one after the other, they would take 2
+    for gate in gates:
+        gate.may_end.set()
 
 
 def test_threads_in_place_of_stuck_ones_go_on(make_pool: Pools) -> None:
