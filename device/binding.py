@@ -185,7 +185,8 @@ def _load_module(
 ) -> None:
     """Do what `nn.Module.load_state_dict` does for one module and those below, with names as in the whole model."""
     metadata = {"assign_to_params_buffers": assign}
-    module._load_from_state_dict(state, prefix, metadata, True, keys.missing_keys, keys.unexpected_keys, errors)
+    load = cast("Callable[..., None]", module._load_from_state_dict)  # pyright: ignore[reportUnknownMemberType]
+    load(state, prefix, metadata, True, keys.missing_keys, keys.unexpected_keys, errors)
     for name, child in module._modules.items():
         if child is not None:
             below = {key: value for key, value in state.items() if key.startswith(f"{prefix}{name}.")}

@@ -70,8 +70,12 @@ async def insist(future: Future[T], *, give_up: Callable[[], bool] = lambda: Fal
         raise cancelled
 
 
-def in_own_thread(action: Callable[[], T]) -> Future[T]:
-    """Call something on a thread of its own: the event loop's executor may be full of other people's work."""
+def in_own_thread(action: Callable[[], T]) -> tuple[Future[T], threading.Thread]:
+    """Call something on a thread of its own: the event loop's executor may be full of other people's work.
+
+    Returns:
+        Its result, and the thread, which ends right after that is there.
+    """
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
 
@@ -81,8 +85,9 @@ def in_own_thread(action: Callable[[], T]) -> Future[T]:
         except BaseException as error:  # noqa: BLE001 (it belongs to who waits for the future)
             future.set_exception(error)
 
-    threading.Thread(target=run, name="weightstream-call", daemon=True).start()
-    return future
+    thread = threading.Thread(target=run, name="weightstream-call", daemon=True)
+    thread.start()
+    return future, thread
 
 
 async def stop_and_settle(job: Job) -> None:
@@ -123,7 +128,8 @@ class LoadHandle:
         if readiness.num_names <= _FEW_NAMES:
             await settle(readiness.wait_for(name))
         else:
-            await settle(await settle(in_own_thread(lambda: readiness.wait_for(name))))
+            looked_up, _ = in_own_thread(lambda: readiness.wait_for(name))
+            await settle(await settle(looked_up))
 
     async def wait(self) -> LoadReport:
         """Wait for the end of the load.

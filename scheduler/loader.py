@@ -106,7 +106,9 @@ class Loader:
         try:
             await insist(ended)
         finally:
-            await insist(in_own_thread(self._engine.close))
+            closed, thread = in_own_thread(self._engine.close)
+            await insist(closed)
+            thread.join()
 
     async def start(self, model: nn.Module, path: Path | None = None) -> LoadHandle:
         """Start to load a checkpoint into a model; return once the preflight has passed.

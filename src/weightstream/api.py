@@ -82,9 +82,10 @@ def iter_tensors(path: Path | None = None, config: LoaderConfig | None = None) -
         yield from drain(sink)
         _result(job)
     finally:
-        ended = in_own_thread(functools.partial(_end, job, engine))
+        ended, thread = in_own_thread(functools.partial(_end, job, engine))
         # The garbage collector closes a forgotten iterator on whatever thread it runs, even one that has to end first.
         if not threading.current_thread().name.startswith("weightstream-"):
+            thread.join()
             ended.result()
 
 
