@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -324,8 +324,10 @@ async def test_lstm_computes_with_what_was_loaded(rig: Rig, tmp_path: Path, wher
 
 
 async def test_parameter_that_is_not_contiguous_is_filled(rig: Rig, tmp_path: Path) -> None:
-    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-    weight = model.weight
+    model: nn.Module = cast("Any", nn.Conv2d(3, 4, 3)).to(
+        memory_format=torch.channels_last
+    )  # not in every torch's stubs
+    weight = model.get_parameter("weight")
     assert not weight.is_contiguous()
     strides, address = weight.stride(), weight.data_ptr()
     tensors = random_tensors({"weight": (4, 3, 3, 3), "bias": (4,)})
@@ -338,7 +340,7 @@ async def test_rollback_gives_back_what_was_on_meta_with_its_strides(rig: Rig, t
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, device="meta"), nn.Linear(2, 2, device="meta"), nn.BatchNorm1d(3, device="meta")
     )
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as above
+    cast("Any", model).to(memory_format=torch.channels_last)  # in place, as always with modules
     model[1].weight.requires_grad_(False)
     described = {
         name: (tensor, tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad)
