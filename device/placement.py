@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from weightstream.device.config import DeviceConfig
 from weightstream.device.dtypes import CASTABLE, destination_dtype, torch_dtype, torch_shape, unsupported
+from weightstream.device.selfloading import SelfLoading, keeps_shapes
 from weightstream.errors import MissingKeysError, PlacementError, ShapeMismatchError, UnexpectedKeysError
 
 __all__ = ["Mode", "Place", "Placement", "Site", "Stored", "Subtree", "Target", "deliver", "match"]
@@ -94,12 +95,6 @@ class Place(msgspec.Struct, frozen=True, gc=False):
         return self.dtype is not self.stored_dtype
 
 
-def _loading_home(kind: type[nn.Module]) -> str:
-    """Return the name of the Python module that a class has its `_load_from_state_dict` from."""
-    owner = next(base for base in kind.__mro__ if "_load_from_state_dict" in vars(base))
-    return owner.__module__
-
-
 class Subtree:
     """A module that loads itself: through hooks, an overridden `_load_from_state_dict`, or extra state."""
 
@@ -107,11 +102,7 @@ class Subtree:
         self.name = name
         self.prefix = f"{name}." if name else ""
         self.module = module
-        #: Whether it takes every tensor in the model's own shape, so that shapes can be checked beforehand: torch's
-        #: own modules do (BatchNorm overrides the method for old versions of itself), hooks may reshape anything.
-        self.keeps_shapes = _loading_home(type(module)).startswith("torch.nn.") and not (
-            vars(module)["_load_state_dict_pre_hooks"] or "_load_from_state_dict" in vars(module)
-        )
+        self.keeps_shapes = keeps_shapes(module)
         self.targets: list[Target] = []
         self.places: list[Place] = []
 
@@ -237,7 +228,7 @@ def _walk(model: nn.Module, placement: Placement) -> dict[str, Target]:  # noqa:
     """Return every persistent tensor by each of its names, in order of registration; note modules and subtrees."""
     targets: dict[str, Target] = {}
     by_id: dict[int, Target] = {}
-    loads_itself = _SelfLoading()
+    loads_itself = SelfLoading()
     stack: list[tuple[str, nn.Module, Subtree | None]] = [("", model, None)]
     while stack:
         prefix, module, subtree = stack.pop()
@@ -288,25 +279,6 @@ def _common_device(targets: Mapping[str, Target], config: DeviceConfig, default:
                 hint="Move the model to one device, or set device.target to auto",
             )
     return device or default
-
-
-class _SelfLoading:
-    """Tells which modules load themselves; remembers what depends on their class alone."""
-
-    def __init__(self) -> None:
-        self._by_kind: dict[type[nn.Module], bool] = {}
-
-    def __call__(self, kind: type[nn.Module], state: Mapping[str, object]) -> bool:
-        overrides = self._by_kind.get(kind)
-        if overrides is None:
-            overrides = self._by_kind[kind] = (
-                _loading_home(kind) != nn.Module.__module__ or kind.set_extra_state is not nn.Module.set_extra_state
-            )
-        return overrides or bool(
-            state["_load_state_dict_pre_hooks"]
-            or state["_load_state_dict_post_hooks"]
-            or "_load_from_state_dict" in state
-        )
 
 
 def _check_own_buffer(name: str, buffer: torch.Tensor) -> None:

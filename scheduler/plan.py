@@ -1,7 +1,7 @@
 """The plan of a load: frozen data that says what is read, in which order, and where it goes. No I/O, no device.
 
 Tensors that lie next to each other in a shard form an *extent*; extents are cut into *chunks* that fit a slot. A small
-tensor (one without a block of its own) is never cut.
+tensor (one without a block of its own) is never cut, unless it is larger than a chunk.
 """
 
 from __future__ import annotations
@@ -53,11 +53,6 @@ class LoadPlan:
     num_extents: int
     parts: dict[int, int]
     empty: tuple[int, ...]
-
-    @property
-    def slots_bytes(self) -> int:
-        """Bytes of slots that would hold all of the load's packed chunks at once."""
-        return sum(chunk.transfer.slot_bytes for chunk in self.chunks)
 
 
 def make_plan(

@@ -13,32 +13,8 @@ import torch
 
 from tests.builders import shard_name, write_checkpoint
 from tests.cli.conftest import ROOT, Run
+from tests.contract import REPORT_KEYS
 from weightstream.device.stage import DeviceStage
-
-#: The keys of the report's JSON, which programs rely on.
-KEYS = [
-    "checkpoint",
-    "strategy",
-    "reason",
-    "device",
-    "dtype",
-    "num_tensors",
-    "num_shards",
-    "num_bytes",
-    "wall_s",
-    "throughput_bytes_per_s",
-    "phases",
-    "overlap",
-    "host_peak_bytes",
-    "pinned_bytes",
-    "device_peak_bytes",
-    "num_copies",
-    "num_retries",
-    "fallbacks",
-    "missing_keys",
-    "unexpected_keys",
-    "verified",
-]
 
 
 def report_of(out: str) -> dict[str, Any]:
@@ -53,7 +29,7 @@ def test_json_is_the_report_alone(weightstream: Run, config: Path, to: str, devi
     result = weightstream("warm", config, "--to", to, "--json")
     assert result.code == 0
     report = report_of(result.out)
-    assert list(report) == KEYS
+    assert list(report) == REPORT_KEYS
     assert list(report["phases"]) == ["preflight", "disk", "copy", "bind", "other"]
     assert (report["device"], report["num_tensors"], report["num_shards"]) == (device, 8, 3)
     assert "weightstream: importing torch" in result.err

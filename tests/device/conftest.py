@@ -2,35 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from typing import Any
+from tests.fakes.fixtures import device, make_rig, rig
 
-import pytest
-
-from tests.fakes.rig import Rig
-
-
-@pytest.fixture
-def make_rig() -> Generator[Callable[..., Rig], None, None]:
-    """Make rigs that are closed, and checked for hazards, at the end of the test."""
-    rigs: list[Rig] = []
-
-    def make(*args: Any, **options: Any) -> Rig:
-        rigs.append(Rig(*args, **options))
-        return rigs[-1]
-
-    yield make
-    for rig in rigs:
-        rig.close()
-
-
-@pytest.fixture(params=["host", "fake"])
-def device(request: pytest.FixtureRequest) -> str:
-    """The real host, and the fake accelerator."""
-    return str(request.param)
-
-
-@pytest.fixture(params=["buffered", "direct"])
-def rig(request: pytest.FixtureRequest, device: str, make_rig: Callable[..., Rig]) -> Rig:
-    """Both devices with both layouts of chunks."""
-    return make_rig(device, io=request.param)
+__all__ = ["device", "make_rig", "rig"]

@@ -219,4 +219,4 @@ def test_extents_are_contiguous_ranges(gap: bool, num_extents: int) -> None:  # 
 
 def test_nothing_wanted_is_a_plan_of_nothing() -> None:
     plan, _, _ = plan_of([])
-    assert (plan.chunks, plan.num_bytes, plan.slots_bytes) == ((), 0, 0)
+    assert (plan.chunks, plan.num_bytes) == ((), 0)

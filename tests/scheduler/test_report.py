@@ -10,36 +10,12 @@ import torch
 from torch import nn
 
 from tests.builders import FORMAT_NAMES, write_in_order
+from tests.contract import REPORT_KEYS
 from tests.fakes.rig import KIB, Rig
 from tests.models import SmallNet, tensors_of
 from weightstream.api import load_sync
 from weightstream.config import LoaderConfig
 from weightstream.scheduler.report import LoadReport
-
-#: From the contract, in its order. Programs read these.
-KEYS = [
-    "checkpoint",
-    "strategy",
-    "reason",
-    "device",
-    "dtype",
-    "num_tensors",
-    "num_shards",
-    "num_bytes",
-    "wall_s",
-    "throughput_bytes_per_s",
-    "phases",
-    "overlap",
-    "host_peak_bytes",
-    "pinned_bytes",
-    "device_peak_bytes",
-    "num_copies",
-    "num_retries",
-    "fallbacks",
-    "missing_keys",
-    "unexpected_keys",
-    "verified",
-]
 
 PHASES = ["preflight", "disk", "copy", "bind", "other"]
 
@@ -66,7 +42,7 @@ async def report_of(rig: Rig, path: Path) -> LoadReport:
 
 async def test_keys_are_those_of_the_contract(rig: Rig, path: Path) -> None:
     report = await report_of(rig, path)
-    assert list(report.to_dict()) == KEYS
+    assert list(report.to_dict()) == REPORT_KEYS
     assert list(report.phases) == PHASES
 
 
@@ -74,7 +50,7 @@ async def test_json_says_the_same(rig: Rig, path: Path) -> None:
     report = await report_of(rig, path)
     decoded = json.loads(report.to_json())
     assert decoded == json.loads(json.dumps(report.to_dict()))
-    assert list(decoded) == KEYS
+    assert list(decoded) == REPORT_KEYS
     assert json.loads(report.to_json(indent=2)) == decoded
 
 

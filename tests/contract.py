@@ -1,0 +1,28 @@
+"""What programs rely on: names that must not change."""
+
+from __future__ import annotations
+
+#: The keys of the report's JSON, in their order.
+REPORT_KEYS = [
+    "checkpoint",
+    "strategy",
+    "reason",
+    "device",
+    "dtype",
+    "num_tensors",
+    "num_shards",
+    "num_bytes",
+    "wall_s",
+    "throughput_bytes_per_s",
+    "phases",
+    "overlap",
+    "host_peak_bytes",
+    "pinned_bytes",
+    "device_peak_bytes",
+    "num_copies",
+    "num_retries",
+    "fallbacks",
+    "missing_keys",
+    "unexpected_keys",
+    "verified",
+]
