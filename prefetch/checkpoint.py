@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -169,24 +168,20 @@ def open_checkpoint(path: str | os.PathLike[str], *, allow_outside_links: bool =
     names = [found.name] if weight_map is None else list(dict.fromkeys(weight_map.values()))
     root = Path(os.path.realpath(found.parent))
     shards: list[Shard] = []
-    tensors: dict[str, TensorSpec] = {}
-    strangers: list[str] = []
+    headers: list[list[TensorSpec]] = []
     anywhere = allow_outside_links or (weight_map is None and found == Path(path))
     try:
         for number, name in enumerate(names):
             shard = _open_shard(root, name, found, allow_outside_links=anywhere)
             shards.append(shard)
-            for spec in read_header(shard.fd, shard.num_bytes, file=str(shard.path), shard=number):
-                tensor = spec.name
-                if weight_map is not None and weight_map.get(tensor) != name:
-                    strangers.append(f"{tensor} (in {name}; index: {weight_map.get(tensor, 'not listed')})")
-                tensors[tensor] = spec
+            headers.append(read_header(shard.fd, shard.num_bytes, file=str(shard.path), shard=number))
         if weight_map is not None:
-            _check_index(found, weight_map, tensors, strangers)
+            _check_index(found, weight_map, dict(zip(names, headers, strict=True)))
     except BaseException:
         for shard in shards:
             os.close(shard.fd)
         raise
+    tensors = {spec.name: spec for header in headers for spec in header}
     return Checkpoint(found, tuple(shards), tensors)
 
 
@@ -215,13 +210,20 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(
-    path: Path, weight_map: dict[str, str], tensors: dict[str, TensorSpec], strangers: Iterable[str]
-) -> None:
-    missing = [f"{name} (index: {shard})" for name, shard in weight_map.items() if name not in tensors]
-    extra = list(strangers)
-    if not missing and not extra:
+def _check_index(path: Path, weight_map: dict[str, str], headers: dict[str, list[TensorSpec]]) -> None:
+    """Compare the index with the tensors that each shard's header names."""
+    named: dict[str, str] = {}
+    for shard, header in headers.items():
+        named.update(dict.fromkeys([spec.name for spec in header], shard))
+    if named == weight_map and sum(map(len, headers.values())) == len(named):
         return
+    missing = [f"{name} (index: {shard})" for name, shard in weight_map.items() if name not in named]
+    extra = [
+        f"{spec.name} (in {shard}; index: {weight_map.get(spec.name, 'not listed')})"
+        for shard, header in headers.items()
+        for spec in header
+        if weight_map.get(spec.name) != shard
+    ]
     parts: list[str] = []
     if missing:
         parts.append(f"{len(missing)} named in the index but in no header: {_some(missing)}")

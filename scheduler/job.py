@@ -171,7 +171,7 @@ class Job:
             stack.callback(source.close)
             with no_garbage_collection():
                 prepared = sink.prepare(checkpoint)
-                self.readiness.expect(prepared.placement.names, prepared.placement.module_names)
+                self.readiness.expect(prepared.placement.names, prepared.placement.prefixes)
             stack.callback(prepared.placement.release)
             if prepared.backend.lands:
                 stack.enter_context(engine.borrow(prepared.placement.staged_bytes))
@@ -207,7 +207,7 @@ class Job:
         timeout_s = self._engine.config.scheduler.timeout_s
         deadline = None if timeout_s is None else self._begin + timeout_s
         # Places without bytes are taken below, and not once more with the chunk around them.
-        parts = {**plan.parts, **dict.fromkeys(plan.empty, 0)}
+        parts = {**plan.parts, **dict.fromkeys(plan.empty, -1)}
         self._state = "loading"
         readers = self._engine.readers
         try:
@@ -325,18 +325,18 @@ class _BlockAccount:
 
 
 def _completed(chunks: list[Chunk], parts: dict[int, int]) -> list[int]:
-    """Return the places whose last bytes came with these chunks, counting down those that are in several."""
+    """Return the places whose last bytes came with these chunks.
+
+    `parts` counts down for places that lie in several chunks, which only the first and the last of a chunk can; a
+    place without bytes has -1 there, and is never returned.
+    """
     done: list[int] = []
     for chunk in chunks:
-        transfer = chunk.transfer
-        for place in range(transfer.first, transfer.stop):
-            left = parts.get(place)
-            if left is None:
-                done.append(place)
-                continue
-            parts[place] = left - 1
-            if left == 1:
-                done.append(place)
+        first, stop = chunk.transfer.first, chunk.transfer.stop
+        for edge in {first, stop - 1}:
+            if edge in parts:
+                parts[edge] -= 1
+        done += [place for place in range(first, stop) if not parts.get(place)] if parts else range(first, stop)
     return done
 
 

@@ -129,31 +129,37 @@ class _Cutter:
         self.num_extents = 0
 
     def cut(self) -> Iterator[_Cut]:
+        own_bytes, chunk_bytes = self._layout.own_bytes, self._chunk_bytes
         current: _Cut | None = None
         used = 0
         shard = position = -1
         for index, spec in enumerate(self._specs):
-            size = spec.end - spec.begin
+            begin, end = spec.begin, spec.end
+            size = end - begin
             if size == 0:
                 continue
-            small = size < self._layout.own_bytes
-            contiguous = spec.shard == shard and spec.begin == position
-            if not contiguous:
+            small = size < own_bytes
+            if begin != position or spec.shard != shard:
                 self.num_extents += 1
-            shard, position = spec.shard, spec.end
-            if current is not None and (
-                not contiguous
-                or (small and used + padded(size) > self._chunk_bytes)
-                or (not small and (self._isolate_large or self._chunk_bytes - used < min(size, _MIN_CUT_BYTES)))
-            ):
-                yield current
-                current = None
+                shard = spec.shard
+                if current is not None:
+                    yield current
+                    current = None
+            position = end
+            if current is not None:
+                if small and used + padded(size) <= chunk_bytes:  # most tensors of most checkpoints
+                    used += padded(size)
+                    current.end, current.stop = end, index + 1
+                    continue
+                if small or self._isolate_large or chunk_bytes - used < min(size, _MIN_CUT_BYTES):
+                    yield current
+                    current = None
             done = 0
             while done < size:
                 if current is None:
-                    current = _Cut(spec.shard, spec.begin + done, spec.begin + done, index, index, done)
+                    current = _Cut(shard, begin + done, begin + done, index, index, done)
                     used = 0
-                count = min(size - done, self._chunk_bytes - used)
+                count = min(size - done, chunk_bytes - used)
                 if count < size - done:
                     count -= count % ALIGNMENT_BYTES
                 done += count
