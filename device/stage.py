@@ -27,10 +27,21 @@ class DeviceStage:
         layout: where everything lies.
         stream: the user's current stream when the load was asked for.
         on_block: told the size of every block that is made (positive) and let go (negative).
+        given: the memory of the layout's given blocks.
     """
 
-    def __init__(self, backend: Backend, layout: Layout, *, stream: object, on_block: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        layout: Layout,
+        *,
+        stream: object,
+        on_block: Callable[[int], None],
+        given: Sequence[torch.Tensor] = (),
+    ) -> None:
         self.num_copies = 0
+        #: Whether readers may write to the blocks themselves.
+        self.lands = backend.lands
         #: Places of materialised parameters that a copy has been submitted into.
         self.touched: set[int] = set()
         self._backend = backend
@@ -38,7 +49,7 @@ class DeviceStage:
         self._stream = stream
         self._on_block = on_block
         self._lock = threading.Lock()
-        self._blocks: dict[int, torch.Tensor] = {}
+        self._blocks: dict[int, torch.Tensor] = dict(enumerate(given))
         self._views: dict[int, memoryview] = {}
         self._members = list(layout.members)
 
@@ -46,16 +57,21 @@ class DeviceStage:
         """Make the device wait for what the user's stream has been given: parameters may still be in use there."""
         self._backend.follow(self._stream)
 
-    def buffers(self, transfer: Transfer, slot: memoryview | None) -> list[memoryview]:
-        """Return the host memory that a chunk's bytes go to, in order. Called on reader threads."""
+    def buffers(self, transfer: Transfer, slot: memoryview | None, begin: int, end: int) -> list[memoryview]:
+        """Return the host memory that bytes `begin` to `end` of a chunk go to, in order. Called on reader threads."""
         result: list[memoryview] = []
+        position = 0
         for landing in transfer.landings:
+            first, last = max(begin - position, 0), min(end - position, landing.num_bytes)
+            position += landing.num_bytes
+            if first >= last:
+                continue
             if landing.block == IN_SLOT:
                 assert slot is not None
                 memory = slot
             else:
                 memory = self._host_view(landing.block)
-            result.append(memory[landing.offset : landing.offset + landing.num_bytes])
+            result.append(memory[landing.offset + first : landing.offset + last])
         return result
 
     def submit(self, transfer: Transfer, slot: memoryview | None, shift: int | None) -> Event | None:
@@ -117,7 +133,7 @@ class DeviceStage:
             if block == IN_SLOT:  # tensors without bytes
                 views = [torch.empty(shape, dtype=dtype, device=self._backend.device) for _ in ranks]
             else:
-                views = _views(self._block(block).view(dtype), shape, offsets)
+                views = _views(_elements(self._block(block), dtype), shape, offsets)
                 self._members[block] -= len(ranks)
                 if not self._members[block]:
                     self._drop(block)
@@ -202,7 +218,7 @@ class DeviceStage:
         with self._lock:
             block = self._blocks.pop(index, None)
             self._views.pop(index, None)
-        if block is not None:
+        if block is not None and index >= self._layout.num_given:
             self._on_block(-self._layout.blocks[index])
 
 
@@ -210,6 +226,11 @@ def _storage_of(place: Place) -> torch.Tensor:
     """Return a materialised parameter flat. It shares the version counter: autograd sees that it was written to."""
     assert place.target is not None
     return place.target.tensor.detach().view(-1)
+
+
+def _elements(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return bytes as elements, without those at the end that are not enough for one."""
+    return block[: block.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
 def _views(elements: torch.Tensor, shape: tuple[int, ...], offsets: list[int]) -> list[torch.Tensor]:

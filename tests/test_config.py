@@ -130,7 +130,7 @@ def test_precedence_holds_field_by_field_inside_sections(
     monkeypatch.setenv("WEIGHTSTREAM_PREFETCH__RETRIES", "5")
     monkeypatch.setenv("WEIGHTSTREAM_PREFETCH__WORKERS", "5")
     prefetch = LoaderConfig.from_yaml(path, prefetch=keyword).prefetch
-    assert (prefetch.retries, prefetch.workers, prefetch.chunk, prefetch.io) == (1, 5, 7 * MIB, "buffered")
+    assert (prefetch.retries, prefetch.workers, prefetch.chunk, prefetch.io) == (1, 5, 7 * MIB, "auto")
     explicit = isinstance(keyword, PrefetchConfig) and "host_memory" in keyword.model_fields_set
     assert prefetch.host_memory == (1 if explicit else 7) * 2**30
 

@@ -95,7 +95,8 @@ class LoaderConfig(BaseSettings):
     strategy: Strategy = Field(
         default="auto",
         description="How the checkpoint gets into the model. `auto` (the default): the loader decides and says why in "
-        "its report. `stream`: the bounded pipeline of reading and copying.",
+        "its report. `stream`: the bounded pipeline of reading and copying. `map`: tensors on the CPU are views of the "
+        "mapped files, brought in by the kernel as they are needed; truncating such a file kills the process.",
     )
     prefetch: PrefetchConfig = Field(
         default=PrefetchConfig(), description="How bytes get from storage into host memory."

@@ -78,6 +78,8 @@ def _facts(report: LoadReport, *, is_cache: bool) -> Iterable[tuple[str, str]]:
     )
     if report.device_peak_bytes:
         yield "device memory", f"{format_bytes(report.device_peak_bytes)} at most"
+    for sentence in report.decisions:
+        yield "reads", sentence
     if report.num_retries:
         yield "retries", f"{report.num_retries} reads were repeated"
     for label, keys in (("missing", report.missing_keys), ("unexpected", report.unexpected_keys)):

@@ -47,7 +47,7 @@ class Bench:
         if direct:
             self.memory[77 : 77 + len(data)] = data
         else:
-            for buffer in self.stage.buffers(transfer, slot):
+            for buffer in self.stage.buffers(transfer, slot, 0, len(data)):
                 buffer[:] = data[: len(buffer)]
                 data = data[len(buffer) :]
         event = self.stage.submit(transfer, slot, shift)
@@ -154,7 +154,7 @@ def test_nothing_is_there_before_the_copy(benches: list[Bench]) -> None:
     benches.append(bench)
     bench.accelerator.hold()
     transfer = bench.layout.transfer(0, 1, 0, SMALL.nbytes)
-    for buffer in bench.stage.buffers(transfer, bench.memory):
+    for buffer in bench.stage.buffers(transfer, bench.memory, 0, SMALL.nbytes):
         buffer[:] = b"\1" * len(buffer)
     event = bench.stage.submit(transfer, bench.memory, None)
     (tensor,) = bench.stage.take([0])
