@@ -181,7 +181,7 @@ def mounted(folder: Path, behaviour: Behaviour | None = None) -> Generator[Mount
         RuntimeError: it cannot be mounted; see `fuse.why_not`.
     """
     behaviour = behaviour or Behaviour()
-    path = Path(tempfile.mkdtemp(prefix="weightstream-mount-"))
+    path = Path(tempfile.mkdtemp(prefix=f"weightstream-mount-{os.getpid()}-"))
     ours, theirs = Pipe()
     with ours, theirs:
         program = "from tests.fakes.filesystem_server import main; main()"
