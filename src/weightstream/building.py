@@ -1,4 +1,4 @@
-"""How the command line gets a model: from an import path, or through transformers."""
+"""How the command line gets a model: from an import path, through transformers, or from a checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,9 +14,11 @@ from torch import nn
 
 from weightstream.complaints import ConfigurationError
 from weightstream.device.accelerator import find_device
+from weightstream.device.dtypes import torch_dtype, torch_shape, unsupported
 from weightstream.errors import PlacementError, WeightstreamError
+from weightstream.prefetch.header import TensorSpec
 
-__all__ = ["BuildError", "build_model", "target_device"]
+__all__ = ["BuildError", "build_model", "model_for", "target_device"]
 
 
 class BuildError(WeightstreamError):
@@ -75,6 +78,38 @@ def build_model(spec: str, checkpoint: Path, device: torch.device) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"model: {spec} must return a torch.nn.Module, found {type(model).__qualname__}")
     return model
+
+
+def model_for(specs: Iterable[TensorSpec]) -> nn.Module:
+    """Return a model on meta that has exactly these tensors, as parameters of modules with the names' parts.
+
+    Raises:
+        PlacementError: one module would need a tensor and a module, or something of its own, under the same name.
+        UnsupportedFormatError: this version of torch lacks one of the dtypes.
+    """
+    root = nn.Module()
+    modules: dict[str, nn.Module] = {"": root}
+
+    def module_at(path: str) -> nn.Module:
+        if path not in modules:
+            parent, _, name = path.rpartition(".")
+            modules[path] = nn.Module()
+            module_at(parent).add_module(name, modules[path])
+        return modules[path]
+
+    for spec in specs:
+        dtype = torch_dtype(spec.dtype)
+        if dtype is None:
+            raise unsupported(spec.dtype, spec.name)
+        tensor = torch.empty(torch_shape(spec.dtype, spec.shape), dtype=dtype, device="meta")
+        parent, _, name = spec.name.rpartition(".")
+        try:
+            module_at(parent).register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        except KeyError as error:
+            raise PlacementError(
+                f"no torch module can have a tensor of this name beside the others ({error.args[0]})", tensor=spec.name
+            ) from error
+    return root
 
 
 def _find(spec: str) -> object:
