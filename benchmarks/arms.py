@@ -80,6 +80,7 @@ class Arm:
         prepare: work before the clock starts: converting, opening, a first load.
         families: which recipes it can load.
         devices: which devices it can load to.
+        default: whether it runs without being asked for.
         memory: what it needs beside the model as built, as a multiple of the checkpoint; so much is touched beforehand.
     """
 
@@ -93,6 +94,7 @@ class Arm:
     prepare: Callable[[Case], None] | None = None
     families: tuple[str, ...] = ("experts",)
     devices: tuple[str, ...] = ("cpu", "cuda")
+    default: bool = True
     memory: float = 1.25
 
     def why_not(self) -> str | None:
@@ -112,7 +114,7 @@ def all_arms() -> dict[str, Arm]:
 
 
 def arms_for(family: str, device: str, wanted: Sequence[str] = ()) -> list[Arm]:
-    """Return the arms for a recipe's family and a type of device; `wanted` chooses by key, empty: all."""
+    """Return the arms for a recipe's family and a type of device; `wanted` chooses by key, empty: the default ones."""
     arms = all_arms()
     unknown = set(wanted) - set(arms)
     if unknown:
@@ -120,5 +122,5 @@ def arms_for(family: str, device: str, wanted: Sequence[str] = ()) -> list[Arm]:
     return [
         arm
         for arm in arms.values()
-        if family in arm.families and device in arm.devices and (not wanted or arm.key in wanted)
+        if family in arm.families and device in arm.devices and (arm.key in wanted if wanted else arm.default)
     ]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import functools
 from importlib import import_module
-from typing import Any
 
 import uvloop
 from torch import nn
 
 import weightstream as ws
 from benchmarks.arms import Arm, Case
+from weightstream.ceilings import copy_ceiling, read_ceiling
 from weightstream.scheduler.report import LoadReport
 
 __all__ = ["ARMS", "CEILINGS"]
@@ -122,13 +122,11 @@ ARMS = (
 
 
 def _read(case: Case, *, num_threads: int, direct: bool) -> None:
-    ceiling = import_module("weightstream.ceilings").read_ceiling(case.shards, num_threads=num_threads, direct=direct)
-    case.wall_s = ceiling.wall_s
+    case.wall_s = read_ceiling(case.shards, num_threads=num_threads, direct=direct).wall_s
 
 
 def _copy(case: Case) -> None:
-    ceiling: Any = import_module("weightstream.ceilings").copy_ceiling(case.device, num_bytes=case.num_bytes)
-    case.wall_s = ceiling.wall_s
+    case.wall_s = copy_ceiling(case.device, num_bytes=case.num_bytes, chunk_bytes=16 * 2**20).wall_s
 
 
 def _reader(num_threads: int, *, direct: bool) -> Arm:
@@ -139,7 +137,6 @@ def _reader(num_threads: int, *, direct: bool) -> Arm:
         "ceiling",
         functools.partial(_read, num_threads=num_threads, direct=direct),
         begins="nothing",
-        imports=("weightstream.ceilings",),
     )
 
 
@@ -151,7 +148,6 @@ CEILINGS = (
         "ceiling",
         _copy,
         begins="nothing",
-        imports=("weightstream.ceilings",),
         devices=("cuda",),
     ),
 )
