@@ -50,7 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def save() -> None:
         (output / f"{options.command}.json").write_text(json.dumps(document(), indent=1) + "\n")
 
-    measure_all(series, num_runs=options.runs, budget_s=options.budget_s, timeout_s=options.timeout_s, save=save)
+    measure_all(
+        series,
+        num_runs=options.runs,
+        budget_s=options.budget_s,
+        timeout_s=options.timeout_s,
+        pythons=dict(pair.split("=", 1) for pair in options.python),
+        save=save,
+    )
     save()
     text = finish(document(), output)
     (output / f"{options.command}.md").write_text(text)
@@ -68,6 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--output", type=Path, help="where results are saved (benchmarks/results/DATE-MACHINE)")
     common.add_argument("--timeout-s", type=float, default=600, help="for one load, with all that is around it (600)")
     common.add_argument("--budget-s", type=float, help="begin nothing that would end later than this (no limit)")
+    common.add_argument(
+        "--python",
+        nargs="+",
+        default=[],
+        metavar="ARM=PYTHON",
+        help="interpreters of arms with an environment of their own",
+    )
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

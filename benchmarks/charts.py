@@ -25,7 +25,12 @@ def draw_comparison(series: Sequence[Mapping[str, Any]], path: Path) -> None:
     panels = {cache: rows_of(one for one in series if one["cache"] == cache) for cache in caches}
     height = max(len(_loaders(rows)) for rows in panels.values())
     figure, axes = _plots().subplots(
-        len(caches), 1, figsize=(9, (0.34 * height + 1.1) * len(caches) + 0.5), squeeze=False, layout="constrained"
+        len(caches),
+        1,
+        figsize=(9, (0.27 * height + 0.9) * len(caches) + 0.5),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axis, (cache, rows) in zip(axes[:, 0], panels.items(), strict=True):
         _draw_panel(axis, rows)
@@ -45,24 +50,20 @@ def _plots() -> Any:  # noqa: ANN401 - matplotlib is an extra, and brings types 
 
 def _loaders(rows: Sequence[Row]) -> list[Row]:
     """Return all but the ceilings, the slowest first, which a chart draws at the bottom."""
-    return sorted((row for row in rows if row.whole is not None), key=lambda row: -_whole(row).median)
-
-
-def _whole(row: Row) -> Summary:
-    return row.whole or row.load
+    return sorted((row for row in rows if row.whole is not None), key=lambda row: -row.real.median)
 
 
 def _draw_panel(axis: Any, rows: Sequence[Row]) -> None:  # noqa: ANN401
     loaders = _loaders(rows)
     for place, row in enumerate(loaders):
         colour = _COLOURS[row.group]
-        lazy = not row.filled
-        axis.plot([row.load.median, _whole(row).median], [place, place], color=colour, linewidth=2, alpha=0.5)
-        _draw_point(axis, _whole(row), place, colour, marker="D" if lazy else "o", hollow=True)
-        _draw_point(axis, row.load, place, colour, marker="o", hollow=lazy)
+        if not row.filled:
+            axis.plot([row.load.median, row.real.median], [place, place], color=colour, linewidth=2, alpha=0.5)
+            _draw_point(axis, row.load, place, colour, marker="o", hollow=True)
+        _draw_point(axis, row.real, place, colour, marker="o" if row.filled else "D", hollow=False)
         axis.annotate(
             f"{row.real.median:.2f}",
-            (max(_whole(row).high, row.load.high), place),
+            (row.real.high, place),
             xytext=(6, 0),
             textcoords="offset points",
             va="center",
@@ -98,16 +99,20 @@ def _draw_point(axis: Any, summary: Summary, place: int, colour: str, *, marker:
 
 
 def _finish(axis: Any) -> None:  # noqa: ANN401
-    axis.plot([], [], "o", color=_BLACK, label="load, filled")
-    axis.plot([], [], "o", color=_BLACK, markerfacecolor="white", label="load, lazy")
-    axis.plot([], [], "D", color=_BLACK, markerfacecolor="white", label="lazy, with first read")
+    axis.plot([], [], "o", color=_BLACK, label="load")
+    axis.plot([], [], "o", color=_BLACK, markerfacecolor="white", label="load that only maps")
+    axis.plot([], [], "D", color=_BLACK, label="the same with first read")
     axis.set_xscale("log")
     axis.grid(axis="x", which="both", color="#DDDDDD", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(axis="y", length=0)
-    axis.xaxis.set_major_formatter(import_module("matplotlib.ticker").FormatStrFormatter("%g"))
-    axis.margins(x=0.08)
+    ticker = import_module("matplotlib.ticker")
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axis.tick_params(axis="x", labelbottom=True)
+    axis.margins(x=0.08, y=0.04)
 
 
 def draw_growth(found: Sequence[Growth], path: Path) -> None:
@@ -118,7 +123,7 @@ def draw_growth(found: Sequence[Growth], path: Path) -> None:
         xs = [point.x / unit for point in growth.points]
         _draw_curve(axis, xs, [point.wall for point in growth.points], _BLUE, "o", "load")
         _draw_curve(axis, xs, [point.cpu for point in growth.points], _ORANGE, "s", "CPU seconds of the load")
-        _draw_curve(axis, xs, [point.staged_wall for point in growth.points], _GREY, "^", "streamed, nothing kept")
+        _draw_curve(axis, xs, [point.staged_wall for point in growth.points], _GREY, "^", "streamed through 64 MiB")
         line = [growth.line.offset + growth.line.slope * x * unit for x in (xs[0], xs[-1])]
         axis.plot([xs[0], xs[-1]], line, color=_BLUE, linewidth=1, linestyle=":", label="line fitted to the loads")
         axis.set_xlabel("tensors of 4 KiB" if growth.axis == "tensors" else "GB in 200 tensors")
@@ -127,6 +132,7 @@ def draw_growth(found: Sequence[Growth], path: Path) -> None:
         axis.set_xlim(left=0)
         power = f", exponent {growth.power.slope:.2f}" if growth.power else ""
         axis.set_title(f"by {growth.axis}: R² {growth.line.r_squared:.3f}{power}", loc="left", fontsize=10)
+        axis.xaxis.set_major_locator(import_module("matplotlib.ticker").MaxNLocator(5))
         axis.xaxis.set_major_formatter(import_module("matplotlib.ticker").StrMethodFormatter("{x:,g}"))
         axis.grid(color="#DDDDDD", linewidth=0.6)
         axis.set_axisbelow(True)

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,8 @@ Cache = Literal["cold", "warm"]
 
 #: Touched beside what an arm needs: for buffers, modules and views, whose size does not grow with the tensors'.
 _SLACK_BYTES = 256 * 2**20
+#: Touched at most for a load to a GPU: more than any loader stages with.
+_STAGING_BYTES = 4 * 2**30
 #: Filled means that so much of the checkpoint's bytes is in anonymous memory.
 _FILLED = 0.95
 
@@ -88,7 +91,13 @@ def measure(job: Job) -> dict[str, Any]:
         found, model = _time(arm, case)
         if model is not None:
             found |= _look_at(model, case, found["anonymous_bytes"])
-    return {"status": "done", "num_bytes": case.num_bytes, "report": case.report, **found}
+    return {
+        "status": "done",
+        "num_bytes": case.num_bytes,
+        "version": version(arm.package),
+        "report": case.report,
+        **found,
+    }
 
 
 def _make_ready(arm: Arm, case: Case, cache: Cache) -> None:
@@ -96,7 +105,10 @@ def _make_ready(arm: Arm, case: Case, cache: Cache) -> None:
     if case.device.type == "cuda":
         torch.cuda.synchronize(case.device)  # the context is there, and what `build` has begun is done
     (evict if cache == "cold" else fill)(case.files)
-    touch(int(arm.memory * case.num_bytes) + _SLACK_BYTES)
+    needed = int(arm.memory * case.num_bytes)
+    if case.device.type == "cuda" and arm.group != "ceiling":
+        needed = min(needed, _STAGING_BYTES)  # weights go to the device
+    touch(needed + _SLACK_BYTES)
 
 
 def _is_ready(cache: Cache, resident: int, case: Case) -> bool:
@@ -105,8 +117,9 @@ def _is_ready(cache: Cache, resident: int, case: Case) -> bool:
 
 def _time(arm: Arm, case: Case) -> tuple[dict[str, Any], nn.Module | None]:
     """Load, and return seconds and memory. Memory counts from before the model: its own, if allocated, is part of it."""
-    allocated = sum(parameter.nbytes for parameter in case.start.parameters()) if arm.begins == "allocated" else 0
-    on_host = allocated if case.device.type == "cpu" and case.start is not None else 0
+    on_host = 0
+    if arm.begins == "allocated" and case.device.type == "cpu":
+        on_host = sum(parameter.nbytes for parameter in case.model.parameters())
     reset_peak()
     before, anonymous = status_bytes("VmRSS"), status_bytes("RssAnon")
     cpu, begin = cpu_seconds(), time.perf_counter()

@@ -18,7 +18,8 @@ from benchmarks.tables import seconds, table
 
 __all__ = ["Growth", "Point", "growth_of", "growth_tables", "recipes", "series_for"]
 
-_POWER_FROM = {"tensors": 10_000, "bytes": 1}
+#: A power is fitted to so many tensors and more; with fewer, what every load costs is most of it.
+_MANY = 10_000
 _TENSORS_AT_CONSTANT_COUNT = 200
 
 
@@ -37,7 +38,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """How cost grows along one axis, `tensors` or `bytes`. `power` is None with fewer than two points to fit."""
+    """How cost grows along one axis, `tensors` or `bytes`. `power` is for the number of tensors alone."""
 
     axis: str
     points: Sequence[Point]
@@ -65,8 +66,8 @@ def growth_of(series: Sequence[Mapping[str, Any]]) -> list[Growth]:
     for axis in ("tensors", "bytes"):
         points = _points([one for one in series if one["checkpoint"]["name"] == axis], axis)
         if len(points) > 1:
-            later = [point for point in points if point.x >= _POWER_FROM[axis]]
-            found.append(Growth(axis, points, _fit(points, fit), _fit(later, fit_power) if len(later) > 1 else None))
+            many = [point for point in points if axis == "tensors" and point.x >= _MANY]
+            found.append(Growth(axis, points, _fit(points, fit), _fit(many, fit_power) if len(many) > 1 else None))
     return found
 
 
@@ -103,7 +104,7 @@ def growth_tables(found: Iterable[Growth]) -> str:
 
 
 def _table(growth: Growth) -> str:
-    head = ["tensors", "GB", "load s", "CPU s", "us / tensor", "GB/s", "streamed, nothing kept, s", "staging MiB"]
+    head = ["tensors", "GB", "load s", "CPU s", "us / tensor", "GB/s", "streamed through 64 MiB s", "staging MiB"]
     return table(
         head,
         [
@@ -129,5 +130,4 @@ def in_words(growth: Growth) -> str:
     words = f"{line.offset:.3f} s + {line.slope * per:.4f} s for each {unit}, R² {line.r_squared:.4f}"
     if growth.power is None:
         return f"{words}."
-    since = f" from {_POWER_FROM['tensors']:,} on" if growth.axis == "tensors" else ""
-    return f"{words}; exponent{since} {growth.power.slope:.2f} (1 is linear)."
+    return f"{words}; exponent from {_MANY:,} on {growth.power.slope:.2f} (1 is linear)."

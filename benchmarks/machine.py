@@ -41,7 +41,7 @@ def describe(checkpoints: Path, device: str) -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "gpu": torch.cuda.get_device_name(torch.device(device)) if device.startswith("cuda") else None,
         "cuda": torch.version.cuda,
-        "kernel": re.match(r"[\d.]*\d", platform.release())[0],  # type: ignore[index] - it begins with a number
+        "kernel": "".join(re.findall(r"^[\d.]*\d", platform.release())),  # what a distributor adds is left out
         "file_system": _file_system(checkpoints),
         "huge_pages": _selected(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
         "python": platform.python_version(),
@@ -108,4 +108,5 @@ def _commit() -> str:
 
 
 def _without_folder(argument: str) -> str:
-    return Path(argument).name if argument.startswith(("/", "~", ".")) else argument
+    option, equals, value = argument.rpartition("=")
+    return f"{option}{equals}{Path(value).name}" if "/" in value else argument

@@ -70,7 +70,7 @@ def read_every_byte(tensors: Iterable[torch.Tensor]) -> int:
     """
     total = 0
     for begin, end in _joined((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors):
-        whole = np.frombuffer((ctypes.c_char * (end - begin)).from_address(begin), dtype=np.uint8)
+        whole = np.ctypeslib.as_array((ctypes.c_uint8 * (end - begin)).from_address(begin))
         words = len(whole) // 8 * 8
         total += int(whole[:words].view(np.uint64).sum(dtype=np.uint64)) + int(whole[words:].sum())
     return total

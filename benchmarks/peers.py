@@ -163,7 +163,7 @@ ARMS = (
     ),
     Arm(
         "preload",
-        "whole checkpoint preloaded, load_state_dict",
+        "preload all, load_state_dict",
         "peer",
         _preload,
         begins="allocated",
@@ -172,7 +172,7 @@ ARMS = (
     ),
     Arm(
         "load-file",
-        "safetensors load_file, load_state_dict(assign)",
+        "safetensors load_file, assign",
         "peer",
         _load_file,
         package="safetensors",
@@ -189,7 +189,7 @@ ARMS = (
     ),
     Arm(
         "prefetch",
-        "safetensors safe_open.prefetch, assign",
+        "safetensors 0.9 safe_open.prefetch, assign",
         "peer",
         _prefetch,
         package="safetensors",
@@ -224,7 +224,7 @@ ARMS = (
     ),
     Arm(
         "tensorizer",
-        "tensorizer load_into_module, converted file",
+        "tensorizer, converted file",
         "peer",
         _tensorizer,
         package="tensorizer",

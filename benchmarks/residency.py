@@ -70,9 +70,11 @@ def evict(paths: Sequence[Path]) -> None:
 
 
 def fill(paths: Sequence[Path]) -> None:
-    """Read the files into the page cache."""
+    """Read the files into the page cache, those that are not in it."""
     buffer = memoryview(bytearray(_PIECE_BYTES))
     for path in paths:
+        if _resident(path) >= path.stat().st_size:
+            continue
         with path.open("rb", buffering=0) as stream:
             while stream.readinto(buffer):
                 pass

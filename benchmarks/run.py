@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,9 @@ class Series:
         }
 
 
-def run_job(job: Job, *, timeout_s: float) -> dict[str, Any]:
+def run_job(job: Job, *, timeout_s: float, python: str = sys.executable) -> dict[str, Any]:
     """Run one job in a fresh process; return its result, or `status` failed and the reason."""
-    command = [sys.executable, "-m", "benchmarks.child", job.to_json()]
+    command = [python, "-m", "benchmarks.child", job.to_json()]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     try:
         done = subprocess.run(
@@ -87,6 +87,7 @@ def measure_all(
     num_runs: int,
     budget_s: float | None,
     timeout_s: float,
+    pythons: Mapping[str, str],
     save: Callable[[], None],
 ) -> None:
     """Run every series once, in turn, and that `num_runs` times, each time beginning with another arm.
@@ -97,6 +98,7 @@ def measure_all(
         budget_s: no turn begins that would end later than this, judging by the longest so far, and no process begins
             later than this; None: no limit.
         timeout_s: for one process.
+        pythons: the interpreters of arms that need another environment than this one.
         save: called after each turn.
     """
     begin, longest = time.monotonic(), 0.0
@@ -111,7 +113,8 @@ def measure_all(
             if one.reason is None and budget_s is not None and time.monotonic() - begin > budget_s:
                 one.reason = "not reached within the time that was given"
             if one.reason is None:
-                _measure(one, timeout_s=timeout_s, turn=f"{number + 1}/{num_runs}")
+                python = pythons.get(one.arm.key, sys.executable)
+                _measure(one, timeout_s=timeout_s, python=python, turn=f"{number + 1}/{num_runs}")
         longest = max(longest, time.monotonic() - turn)
         save()
 
@@ -125,13 +128,13 @@ def _rotated(series: Sequence[Series], number: int) -> Iterable[Series]:
         yield from arms[:shift]
 
 
-def _measure(one: Series, *, timeout_s: float, turn: str) -> None:
+def _measure(one: Series, *, timeout_s: float, python: str, turn: str) -> None:
     setting = one.setting
     job = Job(one.arm.key, setting.recipe, str(setting.path), setting.cache, setting.device)
+    found: dict[str, Any] = {"status": "invalid"}
     for _ in range(_ATTEMPTS):
-        found = run_job(job, timeout_s=timeout_s)
-        if found["status"] != "invalid":
-            break
+        if found["status"] == "invalid":
+            found = run_job(job, timeout_s=timeout_s, python=python)
     if found["status"] == "done":
         one.results.append(found)
         _say(f"{turn} {setting.title}: {one.arm.key} {found['wall_s']:.3f} s")

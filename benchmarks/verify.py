@@ -21,7 +21,7 @@ def verify(model: nn.Module, shards: Sequence[Path], device: torch.device) -> in
     """
     parameters = dict(model.named_parameters())
     count = len(parameters)
-    for name, expected in _stored(shards):
+    for name, expected in _stored(shards, device):
         found = parameters.pop(name, None)
         if found is None:
             raise ValueError(f"{name} is in the checkpoint, but not among the model's parameters")
@@ -29,7 +29,7 @@ def verify(model: nn.Module, shards: Sequence[Path], device: torch.device) -> in
             raise ValueError(f"{name} is on {found.device}, not on {device}")
         if found.dtype != torch.bfloat16 or list(found.shape) != list(expected.shape):
             raise ValueError(f"{name} is {found.dtype} {list(found.shape)}, not bfloat16 {list(expected.shape)}")
-        if not torch.equal(found.detach().view(torch.int16).cpu(), expected):
+        if not torch.equal(found.detach().view(torch.int16), expected):
             raise ValueError(f"{name} differs from what is in the file")
     if parameters:
         raise ValueError(
@@ -38,14 +38,14 @@ def verify(model: nn.Module, shards: Sequence[Path], device: torch.device) -> in
     return count
 
 
-def _stored(shards: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what is stored, as 16-bit integers: NaNs, which random bits may be, are equal to nothing."""
+def _stored(shards: Sequence[Path], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what is stored, on the device, as 16-bit integers: NaNs, which random bits may be, are equal to nothing."""
     for shard in shards:
         with shard.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
-        content = np.fromfile(shard, dtype=np.int16, offset=8 + length)
+        content = torch.from_numpy(np.fromfile(shard, dtype=np.int16, offset=8 + length)).to(device)
         for name, entry in header.items():
             if name != "__metadata__":
                 begin, end = (offset // 2 for offset in entry["data_offsets"])
-                yield name, torch.from_numpy(content[begin:end]).view(entry["shape"])
+                yield name, content[begin:end].view(entry["shape"])
