@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ _GIGABYTES = (0.25, 0.5, 1, 2, 4)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
+    deadline_s = time.monotonic() + options.budget_s
     device = options.device
     if device.startswith("cuda") and not _has_cuda():
         sys.exit(f"there is no CUDA device for --device {device}")
@@ -53,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measure_all(
         series,
         num_runs=options.runs,
-        budget_s=options.budget_s,
+        deadline_s=deadline_s,
         timeout_s=options.timeout_s,
         pythons=dict(pair.split("=", 1) for pair in options.python),
         save=save,
@@ -74,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "weightstream-benchmarks")
     common.add_argument("--output", type=Path, help="where results are saved (benchmarks/results/DATE-MACHINE)")
     common.add_argument("--timeout-s", type=float, default=600, help="for one load, with all that is around it (600)")
-    common.add_argument("--budget-s", type=float, help="begin nothing that would end later than this (no limit)")
+    common.add_argument(
+        "--budget-s", type=float, default=math.inf, help="begin nothing that would end later (no limit)"
+    )
     common.add_argument(
         "--python",
         nargs="+",
@@ -91,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--checkpoints", nargs="+", choices=["small", "large", "llama"], default=["small", "large", "llama"]
     )
-    compare.add_argument("--arms", nargs="+", default=[], metavar="ARM", help=f"of: {', '.join(all_arms())}")
+    compare.add_argument(
+        "--arms", nargs="+", default=[], choices=list(all_arms()), metavar="ARM", help=f"of: {', '.join(all_arms())}"
+    )
     compare.add_argument("--small-tensors", type=int, default=SMALL.count, help="of 16 KiB (46,000: 0.75 GB)")
     compare.add_argument("--large-gigabytes", type=float, default=2.56, help="in 200 tensors (2.56)")
     compare.add_argument("--llama-layers", type=int, default=LLAMA.count, help="each of 0.09 GB (12: 1.4 GB)")
@@ -121,7 +128,7 @@ def _compare(options: argparse.Namespace) -> list[Series]:
         path = write(recipe, options.folder)
         for cache in options.caches:
             setting = Setting(recipe, path, cache, options.device)
-            arms = arms_for(recipe.family, options.device.partition(":")[0], options.arms)
+            arms = arms_for(recipe.family, options.device.partition(":")[0], cache, options.arms)
             series += [Series(arm, setting) for arm in arms]
     return series
 

@@ -80,6 +80,7 @@ class Arm:
         prepare: work before the clock starts: converting, opening, a first load.
         families: which recipes it can load.
         devices: which devices it can load to.
+        caches: in which states of the page cache it is of interest.
         default: whether it runs without being asked for.
         memory: what it needs beside the model as built, as a multiple of the checkpoint; so much is touched beforehand.
     """
@@ -94,6 +95,7 @@ class Arm:
     prepare: Callable[[Case], None] | None = None
     families: tuple[str, ...] = ("experts",)
     devices: tuple[str, ...] = ("cpu", "cuda")
+    caches: tuple[str, ...] = ("cold", "warm")
     default: bool = True
     memory: float = 1.25
 
@@ -113,14 +115,16 @@ def all_arms() -> dict[str, Arm]:
     return {arm.key: arm for arm in (*ours.ARMS, *peers.ARMS, *ours.CEILINGS)}
 
 
-def arms_for(family: str, device: str, wanted: Sequence[str] = ()) -> list[Arm]:
-    """Return the arms for a recipe's family and a type of device; `wanted` chooses by key, empty: the default ones."""
-    arms = all_arms()
-    unknown = set(wanted) - set(arms)
-    if unknown:
-        raise ValueError(f"no such arm: {', '.join(sorted(unknown))}; there are {', '.join(arms)}")
+def arms_for(family: str, device: str, cache: str, wanted: Sequence[str] = ()) -> list[Arm]:
+    """Return the arms for a recipe's family, a type of device and a state of the page cache.
+
+    `wanted` chooses by key; empty: the default ones.
+    """
     return [
         arm
-        for arm in arms.values()
-        if family in arm.families and device in arm.devices and (arm.key in wanted if wanted else arm.default)
+        for arm in all_arms().values()
+        if family in arm.families
+        and device in arm.devices
+        and cache in arm.caches
+        and (arm.key in wanted if wanted else arm.default)
     ]

@@ -144,6 +144,7 @@ def _reader(num_threads: int, *, direct: bool) -> Arm:
         "ceiling",
         functools.partial(_read, num_threads=num_threads, direct=direct),
         begins="nothing",
+        caches=("cold",) if direct else ("cold", "warm"),  # past the page cache: what is in it is no help
     )
 
 

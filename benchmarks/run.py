@@ -85,7 +85,7 @@ def measure_all(
     series: Sequence[Series],
     *,
     num_runs: int,
-    budget_s: float | None,
+    deadline_s: float,
     timeout_s: float,
     pythons: Mapping[str, str],
     save: Callable[[], None],
@@ -95,22 +95,22 @@ def measure_all(
     Args:
         series: what to measure; results and reasons are put into it.
         num_runs: how often.
-        budget_s: no turn begins that would end later than this, judging by the longest so far, and no process begins
-            later than this; None: no limit.
+        deadline_s: no turn begins that would end later than this, as `time.monotonic` tells the time, judging by the
+            longest so far, and no process begins later than this.
         timeout_s: for one process.
         pythons: the interpreters of arms that need another environment than this one.
         save: called after each turn.
     """
-    begin, longest = time.monotonic(), 0.0
+    longest = 0.0
     for one in series:
         one.reason = one.arm.why_not()
     for number in range(num_runs):
         turn = time.monotonic()
-        if budget_s is not None and turn - begin + longest > budget_s:
-            _say(f"stopped after {number} of {num_runs} turns: the next would go beyond {budget_s:.0f} s")
+        if turn + longest > deadline_s:
+            _say(f"stopped after {number} of {num_runs} turns: the next would end too late")
             break
         for one in _rotated(series, number):
-            if one.reason is None and budget_s is not None and time.monotonic() - begin > budget_s:
+            if one.reason is None and time.monotonic() > deadline_s:
                 one.reason = "not reached within the time that was given"
             if one.reason is None:
                 python = pythons.get(one.arm.key, sys.executable)
