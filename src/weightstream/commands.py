@@ -244,6 +244,54 @@ def _checkpoint_json(checkpoint: Checkpoint) -> str:
 
 
 @_weightstream.command()
+@click.argument("checkpoint", type=click.Path())
+@click.option("--device", metavar="NAME", help="Load onto this one: auto (the default), cpu, cuda, cuda:1, ...")
+@click.option(
+    "--runs", type=click.IntRange(1), default=3, show_default=True, help="Measure everything so often; medians count."
+)
+@click.option("--cold", is_flag=True, help="Measure with an empty page cache too: it is emptied of these files.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything alone, as JSON, on standard output.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@_verbose
+@click.pass_obj
+def bench(
+    session: _Session, checkpoint: str, *, device: str | None, runs: int, cold: bool, as_json: bool, quiet: bool
+) -> None:
+    """Measure what this machine can do at best, what a load of CHECKPOINT reaches, and where its time goes.
+
+    CHECKPOINT is a folder, a .safetensors.index.json, or one .safetensors file. It is read many times, and loaded into
+    a model that is made from it. This takes host memory of twice its size. Settings can be tried through the
+    environment, for example WEIGHTSTREAM_PREFETCH__WORKERS=4.
+    """
+    from weightstream import bench as measuring  # noqa: PLC0415
+    from weightstream.config import LoaderConfig  # noqa: PLC0415
+    from weightstream.display import Output, make_display  # noqa: PLC0415
+    from weightstream.verdict import Findings, print_findings  # noqa: PLC0415
+
+    target = {} if device is None else {"target": device}
+    settings = LoaderConfig(checkpoint=checkpoint, device={**target, "dtype": "model", "strict": True})  # type: ignore[arg-type]  # as in inspect
+    console = Output()
+
+    def show(found: Findings) -> None:
+        if as_json:
+            _emit(json.dumps(found.to_dict(), indent=2))
+        else:
+            print_findings(console, found)
+
+    work = functools.partial(
+        measuring.bench,
+        settings,
+        make_display(session.shutdown, quiet=quiet),
+        num_runs=runs,
+        is_cold=cold,
+        on_plan=lambda subject: None if as_json else measuring.print_plan(console, subject),
+        on_findings=show,
+    )
+    with logging_to_stderr("ERROR", verbose=session.verbose):  # the findings have what would be a warning
+        session.shutdown.run(work)
+
+
+@_weightstream.command()
 def schema() -> None:
     """Print the JSON schema of the YAML file, for editors."""
     from weightstream.config import LoaderConfig  # noqa: PLC0415

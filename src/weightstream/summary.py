@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from weightstream.prefetch.checkpoint import Checkpoint
     from weightstream.scheduler.report import LoadReport
 
-__all__ = ["print_checkpoint", "print_facts", "print_report", "shell_path"]
+__all__ = [
+    "print_checkpoint",
+    "print_facts",
+    "print_phases",
+    "print_report",
+    "print_table",
+    "print_title",
+    "shell_path",
+]
 
 #: Where texts begin, behind their labels.
 _INDENT = 16
@@ -33,7 +41,8 @@ def print_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
             console.print(" " * _INDENT + more, soft_wrap=True, markup=False, highlight=False)
 
 
-def _print_title(console: Console, text: str) -> None:
+def print_title(console: Console, text: str) -> None:
+    """Print a line in bold."""
     for line in _wrapped(console, text, 0):
         console.print(Text(line, style="bold"), soft_wrap=True)
 
@@ -56,9 +65,9 @@ def print_report(console: Console, report: LoadReport, extra: Iterable[tuple[str
     is_cache = report.device == "page-cache"
     what = f"{format_bytes(report.num_bytes)}, {_count(report.num_tensors, 'tensor')} in {_count(report.num_shards, 'shard')}"
     done = f"Read {what}, into the page cache" if is_cache else f"Loaded {what}, onto {report.device}"
-    _print_title(console, f"{done} in {report.wall_s:.2f} s: {format_rate(report.throughput_bytes_per_s)}")
+    print_title(console, f"{done} in {report.wall_s:.2f} s: {format_rate(report.throughput_bytes_per_s)}")
     print_facts(console, [*_facts(report, is_cache=is_cache), *extra])
-    _print_phases(console, report)
+    print_phases(console, report)
 
 
 def _facts(report: LoadReport, *, is_cache: bool) -> Iterable[tuple[str, str]]:
@@ -87,12 +96,13 @@ def _facts(report: LoadReport, *, is_cache: bool) -> Iterable[tuple[str, str]]:
         yield "note", sentence
 
 
-def _print_phases(console: Console, report: LoadReport) -> None:
+def print_phases(console: Console, report: LoadReport, title: str = "Where the time went") -> None:
+    """Print a report's phases, with bars."""
     full = "█" if (console.encoding or "").lower().startswith("utf") else "#"
     width = max(6, min(36, console.width - _INDENT - 20))
     wall_s = sum(report.phases.values()) or 1.0
     console.print()
-    _print_title(console, "Where the time went")
+    print_title(console, title)
     for phase, seconds in report.phases.items():
         share = seconds / wall_s
         bar = full * (max(1, round(share * width)) if seconds else 0)
@@ -105,7 +115,7 @@ def print_checkpoint(console: Console, checkpoint: Checkpoint) -> None:
     """Print what is in a checkpoint."""
     specs = checkpoint.tensors.values()
     shards = _count(len(checkpoint.shards), "shard")
-    _print_title(console, f"{format_bytes(checkpoint.num_bytes)}, {_count(len(specs), 'tensor')} in {shards}")
+    print_title(console, f"{format_bytes(checkpoint.num_bytes)}, {_count(len(specs), 'tensor')} in {shards}")
     print_facts(console, [("checkpoint", str(checkpoint.path))])
     tensors = [0] * len(checkpoint.shards)
     dtypes: dict[str, tuple[int, int]] = {}
@@ -113,7 +123,7 @@ def print_checkpoint(console: Console, checkpoint: Checkpoint) -> None:
         tensors[spec.shard] += 1
         count, num_bytes = dtypes.get(spec.dtype, (0, 0))
         dtypes[spec.dtype] = count + 1, num_bytes + spec.num_bytes
-    _print_table(
+    print_table(
         console,
         "Shards",
         [
@@ -122,7 +132,7 @@ def print_checkpoint(console: Console, checkpoint: Checkpoint) -> None:
         ],
     )
     by_bytes = sorted(dtypes.items(), key=lambda item: -item[1][1])
-    _print_table(
+    print_table(
         console, "Dtypes", [(dtype, _count(count, "tensor"), format_bytes(size)) for dtype, (count, size) in by_bytes]
     )
     largest = sorted(specs, key=lambda spec: -spec.num_bytes)[:_LARGEST]
@@ -130,16 +140,20 @@ def print_checkpoint(console: Console, checkpoint: Checkpoint) -> None:
         (spec.name, " x ".join(map(str, spec.shape)) or "scalar", spec.dtype, format_bytes(spec.num_bytes))
         for spec in largest
     ]
-    _print_table(console, "Largest tensors", rows)
+    print_table(console, "Largest tensors", rows)
 
 
-def _print_table(console: Console, title: str, rows: Sequence[tuple[str, ...]]) -> None:
+def print_table(
+    console: Console, title: str, rows: Sequence[tuple[str, ...]], *, header: tuple[str, ...] | None = None
+) -> None:
+    """Print rows of cells, the first to the left and the others to the right."""
     console.print()
-    _print_title(console, title)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *rest in rows:
-        cells = [f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))]
-        console.print(Text(f"  {'  '.join(cells)}"), soft_wrap=True)
+    print_title(console, title)
+    lines = [*([] if header is None else [header]), *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [f"{line[0]:<{widths[0]}}", *(f"{cell:>{n}}" for cell, n in zip(line[1:], widths[1:], strict=True))]
+        console.print(Text(f"  {'  '.join(cells)}", style="dim" if line is header else ""), soft_wrap=True)
 
 
 def _count(number: int, thing: str) -> str:

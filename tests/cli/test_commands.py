@@ -13,7 +13,7 @@ import pytest
 
 from tests.cli.conftest import ROOT, Run
 
-COMMANDS = ["demo", "warm", "inspect", "schema"]
+COMMANDS = ["demo", "warm", "inspect", "bench", "schema"]
 
 
 def test_help_lists_the_commands_in_the_order_of_use(weightstream: Run) -> None:
@@ -31,7 +31,9 @@ def test_every_command_has_help(weightstream: Run, command: str) -> None:
     assert result.out.startswith(f"Usage: weightstream {command}")
 
 
-@pytest.mark.parametrize("args", [["--help"], ["schema"], ["warm", "--help"], ["--nonsense"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "args", [["--help"], ["schema"], ["warm", "--help"], ["bench", "--help"], ["--nonsense"]], ids=" ".join
+)
 def test_what_loads_nothing_does_not_import_torch(args: list[str]) -> None:
     program = (
         "import sys\n"
@@ -58,7 +60,16 @@ def test_version_is_that_of_the_package(weightstream: Run) -> None:
 
 @pytest.mark.parametrize(
     "args",
-    [["nonsense"], ["--nonsense"], ["warm"], ["inspect"], ["warm", "a", "b"], ["warm", "a", "--to", "moon"]],
+    [
+        ["nonsense"],
+        ["--nonsense"],
+        ["warm"],
+        ["inspect"],
+        ["warm", "a", "b"],
+        ["warm", "a", "--to", "moon"],
+        ["bench"],
+        ["bench", "a", "--runs", "0"],
+    ],
     ids=" ".join,
 )
 def test_misuse_ends_with_2(weightstream: Run, args: list[str]) -> None:

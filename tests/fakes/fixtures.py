@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.fuse import why_not
 from tests.fakes.rig import Rig
 
-__all__ = ["device", "make_rig", "rig"]
+__all__ = ["device", "make_rig", "requires_fuse", "rig"]
+
+#: For tests that mount `filesystem.mounted`.
+requires_fuse = pytest.mark.skipif(why_not() is not None, reason=f"no simulated file system: {why_not()}")
 
 
 @pytest.fixture

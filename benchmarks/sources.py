@@ -1,0 +1,323 @@
+"""Does `io: auto` with `workers: auto` find the best way to read, on sources of very different kinds?
+
+Run: python -m benchmarks.sources [--folder FOLDER] [--out FOLDER] [--repetitions N] [--only NAME ...]
+
+Five situations: a warm page cache and a cold one on the disk of FOLDER; and three that are simulated, by a file system
+over FUSE (see tests/fakes/filesystem.py), all cold: one where O_DIRECT is faster, one where every read takes long, so
+that more workers pay, and one that gets slower with more workers. In each, a checkpoint is loaded onto the CPU, into a
+model on meta, with every fixed setting (buffered or direct, 1 to 32 workers) and with auto, one after the other in an
+order that changes, several times; each time every byte is compared. Prints a table for each situation, and writes all
+of it to sources.md and sources.json. Takes some minutes, 2 GB on the disk and 3 GB of memory. The simulated ones need
+root and /dev/fuse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime as dt
+import hashlib
+import json
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import save_file
+
+from tests.fakes.filesystem import Behaviour, Speed, mounted
+from tests.fakes.fuse import why_not
+from weightstream import LoaderConfig, LoadReport, load_sync, pagecache
+from weightstream.bench import model_for, touch
+from weightstream.ceilings import read_ceiling
+from weightstream.prefetch.checkpoint import open_checkpoint
+from weightstream.prefetch.header import TensorSpec
+from weightstream.prefetch.memory import usable_cores
+
+FIXED_IO: tuple[Literal["buffered", "direct"], ...] = ("buffered", "direct")
+WORKERS = (1, 2, 4, 8, 16, 32)
+TENSOR_BYTES = 4 * 2**20
+#: How near to the best fixed setting auto has to come, if it is not within that setting's own spread.
+TOLERANCE = 0.1
+
+# Speeds are chosen so that the slowest arm takes no more than six seconds for 512 MiB, in requests of 1 MiB.
+DIRECT_WINS = Behaviour(buffered=Speed(bytes_per_s=250e6), direct=Speed(bytes_per_s=700e6))
+LATE = Speed(latency_s=0.006, bytes_per_s=1.5e9)
+CROWDED = Speed(bytes_per_s=600e6, crowd_s=0.00015)
+
+
+class Skipped(Exception):  # noqa: N818 - nothing is wrong
+    """Raised when something cannot be measured here, and says why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of many equal tensors, and the digest of all its bytes."""
+
+    folder: Path
+    specs: tuple[TensorSpec, ...]
+    paths: tuple[Path, ...]
+    digest: str
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(spec.num_bytes for spec in self.specs)
+
+
+#: Makes a source what it should be before a load, and says where to load from.
+Prepare = Callable[[Checkpoint], AbstractContextManager[Path]]
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A kind of source. `is_simulated`: over FUSE, which cannot be had everywhere."""
+
+    name: str
+    text: str
+    prepare: Prepare
+    is_simulated: bool = True
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A setting. `config` is checked when the arm is measured: `auto` is newer than the rest."""
+
+    io: Literal["auto", "buffered", "direct"]
+    workers: int | Literal["auto"]
+    walls_s: list[float] = field(default_factory=list[float])
+    decisions: list[str] = field(default_factory=list[str])
+
+    @property
+    def name(self) -> str:
+        return "auto" if self.io == "auto" else f"{self.io}, {self.workers}"
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.walls_s)
+
+    def config(self) -> LoaderConfig:
+        values: dict[str, Any] = {"prefetch": {"io": self.io, "workers": self.workers}, "device": {"target": "cpu"}}
+        return LoaderConfig(**values)
+
+
+@dataclass(frozen=True)
+class Result:
+    """`skipped`: why there are no figures, or none of auto."""
+
+    situation: Situation
+    arms: list[Arm]
+    skipped: str | None = None
+
+    @property
+    def best(self) -> Arm:
+        return min((arm for arm in self.arms if arm.io != "auto"), key=lambda arm: arm.median_s)
+
+    @property
+    def verdict(self) -> str:
+        auto = [arm for arm in self.arms if arm.io == "auto"]
+        if self.skipped is not None or not auto:
+            return f"skipped: {self.skipped}"
+        best, found_s = self.best, auto[0].median_s
+        ratio = f"{found_s / best.median_s:.2f} times the median of `{best.name}`"
+        if found_s <= best.median_s * (1 + TOLERANCE):
+            return f"yes: auto took {ratio}, within {TOLERANCE:.0%}"
+        if found_s <= max(best.walls_s):
+            return f"yes: auto took {ratio}, inside its spread ({min(best.walls_s):.2f} to {max(best.walls_s):.2f} s)"
+        return f"no: auto took {ratio}"
+
+
+# Sources
+
+
+@contextmanager
+def warm(checkpoint: Checkpoint) -> Generator[Path, None, None]:
+    if pagecache.resident_share(checkpoint.paths) < 1.0:
+        read_ceiling(checkpoint.paths, num_threads=2, direct=False)
+    yield checkpoint.folder
+
+
+@contextmanager
+def cold(checkpoint: Checkpoint) -> Generator[Path, None, None]:
+    pagecache.drop(checkpoint.paths)
+    share = pagecache.resident_share(checkpoint.paths)
+    if share > 0.01:
+        raise Skipped(f"{share:.0%} of the files stayed in the page cache")
+    yield checkpoint.folder
+
+
+def simulated(behaviour: Behaviour) -> Prepare:
+    @contextmanager
+    def prepare(checkpoint: Checkpoint) -> Generator[Path, None, None]:
+        with warm(checkpoint) as folder, mounted(folder, behaviour) as mount:  # the disk below takes no part
+            yield mount.path
+
+    return prepare
+
+
+SITUATIONS = (
+    Situation("warm", "warm page cache, on the disk", warm, is_simulated=False),
+    Situation("cold", "cold page cache, on the disk", cold, is_simulated=False),
+    Situation("direct", "simulated: O_DIRECT reads are faster than buffered ones", simulated(DIRECT_WINS)),
+    Situation("late", "simulated: every read takes long, more workers pay", simulated(Behaviour(LATE, LATE))),
+    Situation("crowded", "simulated: slower with more workers", simulated(Behaviour(CROWDED, CROWDED))),
+)
+
+
+# Measuring
+
+
+def write_checkpoint(folder: Path, num_bytes: int, *, num_shards: int = 4) -> Checkpoint:
+    """Write a checkpoint of about so many random bytes, unless it is there; read it once."""
+    target = folder / f"sources-{num_bytes // 2**20}"
+    names = [f"layers.{number}.weight" for number in range(num_bytes // TENSOR_BYTES)]
+    files = [f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors" for shard in range(num_shards)]
+    index = target / "model.safetensors.index.json"
+    if not index.exists():
+        target.mkdir(parents=True, exist_ok=True)
+        generator = torch.Generator().manual_seed(0)
+        for shard, file in enumerate(files):
+            part = names[shard::num_shards]
+            save_file(
+                {name: torch.rand(TENSOR_BYTES // 4096, 1024, generator=generator) for name in part}, target / file
+            )
+        weight_map = {name: files[number % num_shards] for number, name in enumerate(names)}
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with open_checkpoint(target) as opened:
+        specs = tuple(opened.tensors.values())
+        paths = tuple(shard.path for shard in opened.shards)
+        digest = hashlib.sha256()
+        for spec in specs:
+            with paths[spec.shard].open("rb") as shard_file:
+                shard_file.seek(spec.begin)
+                digest.update(shard_file.read(spec.num_bytes))
+    return Checkpoint(target, specs, paths, digest.hexdigest())
+
+
+def load(checkpoint: Checkpoint, path: Path, config: LoaderConfig) -> LoadReport:
+    """Load into a new model on meta, and check every byte."""
+    model = model_for(checkpoint.specs)
+    touch(checkpoint.num_bytes)
+    report = load_sync(model, path, config=config)
+    parameters = dict(model.named_parameters())
+    digest = hashlib.sha256()
+    for spec in checkpoint.specs:
+        digest.update(parameters[spec.name].detach().view(-1).view(torch.uint8).numpy().data)
+    if digest.hexdigest() != checkpoint.digest:
+        sys.exit(f"{config.prefetch}: what was loaded differs from {checkpoint.folder}")
+    return report
+
+
+def measure(situation: Situation, checkpoint: Checkpoint, repetitions: int) -> Result:
+    """Measure all arms of a situation in turn, each time in another order."""
+    fixed = [Arm(io, workers) for io in FIXED_IO for workers in WORKERS]
+    reason = why_not() if situation.is_simulated else None
+    if reason is not None:
+        return Result(situation, [], reason)
+    arms, skipped = [*fixed, Arm("auto", "auto")], None
+    try:
+        arms[-1].config()
+    except ValidationError as error:
+        arms, skipped = fixed, f"this version has no auto ({error.errors()[0]['msg']})"
+    order = random.Random(0)
+    try:
+        for repetition in range(repetitions):
+            for arm in order.sample(arms, len(arms)):
+                print(f"{situation.name} {repetition + 1} of {repetitions}: {arm.name}", file=sys.stderr)
+                with situation.prepare(checkpoint) as path:
+                    report = load(checkpoint, path, arm.config())
+                arm.walls_s.append(report.wall_s)
+                arm.decisions.extend(getattr(report, "decisions", ()))
+    except Skipped as reason_:
+        return Result(situation, [], str(reason_))
+    return Result(situation, arms, skipped)
+
+
+# Telling
+
+
+def machine() -> str:
+    """Say what this was measured on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return (
+        f"{usable_cores()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()},"
+        f" torch {torch.__version__}, {dt.datetime.now(tz=dt.UTC):%Y-%m-%d},"
+        f" commit {commit.stdout.strip() or 'unknown'}"
+    )
+
+
+def table(result: Result, num_bytes: int) -> str:
+    """Write a situation as Markdown: a row for each way to read, a column for each number of workers."""
+    lines = [f"## {result.situation.name}: {result.situation.text}", ""]
+    if result.arms:
+        columns: Sequence[int | str] = WORKERS
+        lines += [
+            f"Seconds for {num_bytes / 2**20:.0f} MiB, median (min to max).",
+            "",
+            f"| workers | {' | '.join(map(str, columns))} |",
+            f"|---|{'---|' * len(columns)}",
+        ]
+        for io in FIXED_IO:
+            row = [arm for arm in result.arms if arm.io == io]
+            lines.append(f"| {io} | {' | '.join(_cell(arm, is_best=arm is result.best) for arm in row)} |")
+        lines.append("")
+        for arm in result.arms:
+            if arm.io == "auto":
+                lines += [f"auto: {_cell(arm, is_best=False)}", ""]
+                lines += [f"- {sentence}" for sentence in dict.fromkeys(arm.decisions)]
+                lines.append("")
+    lines += [f"Auto as good as the best fixed setting: {result.verdict}.", ""]
+    return "\n".join(lines)
+
+
+def _cell(arm: Arm, *, is_best: bool) -> str:
+    mark = "**" if is_best else ""
+    return f"{mark}{arm.median_s:.2f}{mark} ({min(arm.walls_s):.2f} to {max(arm.walls_s):.2f})"
+
+
+def as_data(result: Result) -> dict[str, Any]:
+    arms = [{**dataclasses.asdict(arm), "name": arm.name, "median_s": arm.median_s} for arm in result.arms]
+    return {
+        "situation": result.situation.name,
+        "text": result.situation.text,
+        "verdict": result.verdict,
+        "best": result.best.name if result.arms else None,
+        "arms": arms,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    scratch = Path(tempfile.gettempdir()) / "weightstream-benchmarks"
+    names = [situation.name for situation in SITUATIONS]
+    parser.add_argument("--folder", type=Path, default=scratch, help="where the checkpoints are, or are written to")
+    parser.add_argument("--out", type=Path, default=scratch, help="where sources.md and sources.json are written to")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="situations; all if left out")
+    options = parser.parse_args()
+    results: list[Result] = []
+    head = f"# Sources\n\n{machine()}, repeated {options.repetitions} times. `python -m benchmarks.sources`.\n"
+    print(head)
+    texts = [head]
+    for situation in SITUATIONS:
+        if situation.name in options.only:
+            checkpoint = write_checkpoint(options.folder, 512 * 2**20 if situation.is_simulated else 2**30)
+            results.append(measure(situation, checkpoint, options.repetitions))
+            texts.append(table(results[-1], checkpoint.num_bytes))
+            print(texts[-1], flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "sources.md").write_text("\n".join(texts))
+    data = {"machine": machine(), "repetitions": options.repetitions, "results": list(map(as_data, results))}
+    (options.out / "sources.json").write_text(json.dumps(data, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""What `weightstream bench` found: the measurements as data, the ceiling of each load, and a sentence on what bounds it.
+
+Measures nothing, and imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.console import Console
+
+from weightstream.display import format_bytes, format_rate
+from weightstream.scheduler.report import LoadReport
+from weightstream.summary import print_facts, print_phases, print_table, print_title
+
+__all__ = ["Findings", "Kind", "Row", "Sample", "print_findings"]
+
+#: What a row is about: a load by weightstream, or a ceiling: raw reads from the page cache, from the disk through the
+#: page cache, past the page cache (O_DIRECT), and raw copies to the device.
+Kind = Literal["load cached", "load cold", "read cached", "read cold", "read direct", "copy"]
+
+_NAMES: dict[Kind, str] = {
+    "load cached": "weightstream, cached",
+    "load cold": "weightstream, cold",
+    "read cached": "read, cached",
+    "read cold": "read, cold",
+    "read direct": "read, O_DIRECT",
+    "copy": "copy, page-locked",
+}
+
+#: A load is near its ceiling from this share on. A choice, not a measurement.
+_NEAR = 0.85
+#: Another setting is worth a word if it reads faster by this factor. A choice too.
+_BETTER = 1.1
+#: What took less of the time than this is not named beside what took most.
+_WORTH_A_WORD = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One run. `cpu_s`: seconds of all cores. `peak_bytes`: by how much the process grew meanwhile; None: unknown."""
+
+    num_bytes: int
+    wall_s: float
+    cpu_s: float
+    peak_bytes: int | None
+    report: LoadReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """All runs of one thing."""
+
+    kind: Kind
+    num_threads: int | None
+    samples: tuple[Sample, ...]
+
+    @property
+    def median(self) -> Sample:
+        """The run in the middle; of an even number, the faster of the two."""
+        return sorted(self.samples, key=lambda sample: sample.wall_s)[(len(self.samples) - 1) // 2]
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.median.num_bytes / self.median.wall_s
+
+    @property
+    def name(self) -> str:
+        threads = "" if self.num_threads is None else f", {_threads(self.num_threads)}"
+        return f"{_NAMES[self.kind]}{threads}"
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Everything that was measured, on `device`, with `prefetch.io` and `prefetch.workers` as configured."""
+
+    checkpoint: str
+    num_bytes: int
+    num_tensors: int
+    num_shards: int
+    device: str
+    io: str
+    workers: int | str
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def loads(self) -> list[Row]:
+        return [row for row in self.rows if row.kind.startswith("load")]
+
+    def fastest_read(self, load: Row) -> Row:
+        """Return the fastest raw read that a load could have done."""
+        return max(self._reads(load), key=lambda row: row.bytes_per_s)
+
+    def _reads(self, load: Row) -> list[Row]:
+        """Return the raw reads that a load can be compared with: past the page cache it can always read."""
+        kinds = ("read direct", load.kind.replace("load", "read"))
+        return [row for row in self.rows if row.kind in kinds] or [
+            row for row in self.rows if row.kind == "read cached"
+        ]
+
+    def ceiling(self, load: Row) -> Row:
+        """Return what bounds a load in the end: the fastest read, or the copies if they are slower."""
+        copies = [row for row in self.rows if row.kind == "copy"]
+        return min([self.fastest_read(load), *copies], key=lambda row: row.bytes_per_s)
+
+    def share(self, load: Row) -> float:
+        """Return a load's rate as a share of its ceiling's."""
+        return load.bytes_per_s / self.ceiling(load).bytes_per_s
+
+    def bound(self, load: Row) -> str:
+        """Say in a sentence or two what a load waited for most, and what could be changed."""
+        report = load.median.report
+        assert report is not None
+        phases = report.phases
+        waits = {
+            "reading": phases["disk"],
+            "copies": phases["copy"],
+            "work in Python": phases["preflight"] + phases["bind"] + phases["other"],
+        }
+        total = sum(waits.values()) or 1.0
+        most, *others = sorted(waits, key=lambda name: -waits[name])
+        also = [f"{waits[name] / total:.0%} for {name}" for name in others if waits[name] > _WORTH_A_WORD * total]
+        times = ", ".join([f"{waits[most] / total:.0%} of the time", *also])
+        advice = {"reading": self._reading, "copies": self._copying, "work in Python": _working}[most]
+        return f"It waited for {most} most: {times}. {advice(load)}"
+
+    def _reading(self, load: Row) -> str:
+        if self.share(load) >= _NEAR:
+            where = "memory" if load.kind == "load cached" else "storage"
+            return f"That is close to what this machine can do: only faster {where} would help."
+        best = self.fastest_read(load)
+        io = "direct" if best.kind == "read direct" else "buffered"
+        others = [row.bytes_per_s for row in self._reads(load) if row.kind != best.kind]
+        settings: list[str] = []
+        if self.io not in (io, "auto") and best.bytes_per_s > _BETTER * max(others, default=0.0):
+            settings.append(f"prefetch.io: {io}")
+        if self.workers not in (best.num_threads, "auto"):
+            settings.append(f"prefetch.workers: {best.num_threads}")
+        if settings:
+            return f"Raw reads were fastest as in `{best.name}`: try {' and '.join(settings)}."
+        return f"Raw reads reach {format_rate(best.bytes_per_s)} with {_threads(best.num_threads or 1)}; no setting stands out."
+
+    def _copying(self, load: Row) -> str:
+        assert load.median.report is not None
+        if self.device == "cpu":
+            return "What is read past the page cache is copied to its place; `prefetch.io: buffered` reads it there."
+        if load.median.report.pinned_bytes:
+            return "Only fewer bytes, or another bus, would be faster."
+        return "They come from memory that is not page-locked: raise the limit for that (ulimit -l), if there is one."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data."""
+        rows = [
+            {
+                "name": row.name,
+                "kind": row.kind,
+                "num_threads": row.num_threads,
+                "bytes_per_s": row.bytes_per_s,
+                "share_of_ceiling": self.share(row) if row in self.loads else None,
+                "ceiling": self.ceiling(row).name if row in self.loads else None,
+                "bound": self.bound(row) if row in self.loads else None,
+                "samples": [dataclasses.asdict(sample) for sample in row.samples],
+            }
+            for row in self.rows
+        ]
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**values, "rows": rows}
+
+
+def _working(load: Row) -> str:
+    assert load.median.report is not None
+    return (
+        f"It checks and places {load.median.report.num_tensors:,} tensors, which grows with their number and not with"
+        " their bytes; no setting changes it."
+    )
+
+
+def print_findings(console: Console, found: Findings) -> None:
+    """Print the table, where the time of each load went, and what bounds it."""
+    print_table(
+        console,
+        "Ceilings, and loads as shares of theirs (medians)",
+        [_cells(found, row) for row in found.rows],
+        header=("", "s", "min-max", "rate", "share", "CPU s", "memory"),
+    )
+    for load in found.loads:
+        report = load.median.report
+        assert report is not None
+        print_phases(console, report, title=f"Where the time went: {load.name}")
+        console.print()
+        rate, ceiling = format_rate(load.bytes_per_s), found.ceiling(load)
+        print_title(
+            console,
+            f"{load.name}: {rate}, {found.share(load):.0%} of the ceiling"
+            f" ({ceiling.name}: {format_rate(ceiling.bytes_per_s)})",
+        )
+        print_facts(console, [("why", found.bound(load)), *(("note", sentence) for sentence in report.fallbacks)])
+    if found.notes:
+        console.print()
+        print_facts(console, [("note", sentence) for sentence in found.notes])
+
+
+def _cells(found: Findings, row: Row) -> tuple[str, ...]:
+    walls = [sample.wall_s for sample in row.samples]
+    median = row.median
+    return (
+        row.name,
+        _seconds(median.wall_s),
+        f"{_seconds(min(walls))}-{_seconds(max(walls))}",
+        format_rate(row.bytes_per_s),
+        f"{found.share(row):.0%}" if row in found.loads else "",
+        _seconds(median.cpu_s),
+        "unknown" if median.peak_bytes is None else format_bytes(median.peak_bytes),
+    )
+
+
+def _seconds(seconds: float) -> str:
+    """Return seconds with three digits, in at most five characters."""
+    digits = 3 if seconds < 0.9995 else 2 if seconds < 9.995 else 1 if seconds < 99.95 else 0
+    return f"{seconds:.{digits}f}"
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'' if number == 1 else 's'}"

@@ -1,0 +1,55 @@
+"""What is in the page cache, and how it is emptied."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.builders import leaves_nothing
+from weightstream.pagecache import drop, resident_share
+
+
+@pytest.fixture(name="files")
+def fixture_files(tmp_path: Path) -> list[Path]:
+    sizes = {"a": 40_960, "b": 123, "empty": 0}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(os.urandom(size))
+    return [tmp_path / name for name in sizes]
+
+
+def test_what_was_just_written_is_resident_and_can_be_dropped(files: list[Path]) -> None:
+    assert resident_share(files) == 1.0
+    with leaves_nothing():
+        drop(files)
+        share = resident_share(files)
+    if share == 1.0:
+        pytest.skip("the file system of the tests keeps its files in memory, or does not tell")
+    assert share == 0.0
+    files[1].read_bytes()
+    assert resident_share(files) == pytest.approx(1 / 11)
+
+
+def test_nothing_has_no_share(tmp_path: Path) -> None:
+    assert resident_share([]) == 0.0
+
+
+@pytest.mark.parametrize("function", [drop, resident_share], ids=["drop", "resident_share"])
+def test_missing_file_is_an_error(tmp_path: Path, function: object) -> None:
+    assert callable(function)
+    with pytest.raises(FileNotFoundError):
+        function([tmp_path / "gone"])
+
+
+def test_kernel_that_does_not_answer_is_an_error(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Libc:
+        def mincore(self, *rest: object) -> int:
+            ctypes.set_errno(errno.ENOSYS)
+            return -1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: Libc())
+    with leaves_nothing(), pytest.raises(OSError, match="not implemented"):
+        resident_share(files)
