@@ -1,13 +1,14 @@
 # make demo     install, then load a model that the demo writes itself
 # make test     install with the test tools, then run the tests with branch coverage
 # make check    format, lint, types, import layers
+# make bench    compare with other loaders, which are installed for it; on a quiet machine, 45 minutes
 # make format   rewrite the code in the project's format
 # make clean    remove .venv and everything that was built
 #
 # Variables:
 #   PYTHON   the interpreter that .venv is made with (3.11 or newer)               make test PYTHON=python3.13
 #   TORCH    the requirement that decides which torch is installed                 make test TORCH='torch==2.13.0'
-#   ARGS     further arguments, for the demo or for pytest                         make test ARGS='-k layout -x'
+#   ARGS     further arguments, for the demo, pytest or the benchmarks             make test ARGS='-k layout -x'
 # pip's own variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) work as ever, for a CPU build of torch for instance.
 # What is installed stays as it is until pyproject.toml changes: `make clean` first to change TORCH later.
 
@@ -17,7 +18,7 @@ ARGS ?=
 
 BIN := .venv/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test check bench format clean
 
 demo: .venv/ready-runtime
 	$(BIN)/weightstream demo $(ARGS)
@@ -31,6 +32,9 @@ check: .venv/ready-dev
 	$(BIN)/mypy
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+bench: .venv/ready-bench
+	$(BIN)/python -m benchmarks $(ARGS)
 
 format: .venv/ready-dev
 	$(BIN)/ruff format .

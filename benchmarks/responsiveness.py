@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import gc
 import hashlib
-import mmap
 import statistics
 import tempfile
 import time
@@ -24,7 +23,8 @@ from typing import Any
 import uvloop
 from torch import nn
 
-from benchmarks.checkpoints import build, write
+from benchmarks.checkpoints import SMALL, build, write
+from benchmarks.memory import touch
 from weightstream import Loader, LoaderConfig, LoadReport
 
 TICK_S = 0.001
@@ -49,15 +49,8 @@ async def ticking_beside(work: Coroutine[Any, Any, Any]) -> list[float]:
     return await ticker
 
 
-def touch(num_bytes: int) -> None:
-    """Make the kernel find memory for later, so that first-touch costs do not count: map, populate, free."""
-    with mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        memory.madvise(23)  # MADV_POPULATE_WRITE
-
-
 def fresh_model() -> nn.Module:
-    model = build("small")
+    model = build(SMALL)
     gc.collect()
     touch(2**30)
     return model
@@ -110,7 +103,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "weightstream-benchmarks")
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
-    path = write("small", options.folder)
+    path = write(SMALL, options.folder)
     uvloop.run(measure(path, options.runs))
 
 

@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# On a machine with a CUDA device: the tests marked `gpu`, then the comparison with other loaders, in under 8 minutes.
+#
+#   benchmarks/gpu.sh [WHEELS_FOLDER]
+#
+# WHEELS_FOLDER has wheels of everything that is to be installed, for a machine without a network:
+#   pip wheel -w WHEELS_FOLDER '.[test,bench-cuda]' setuptools && pip download --no-deps -d WHEELS_FOLDER safetensors==0.9.0rc1
+# A torch with CUDA that PYTHON has already is used; otherwise it is installed like the rest.
+#
+# Variables:
+#   PYTHON            the interpreter (python3)
+#   BUDGET_S          seconds for everything; more of them for more repetitions (470)
+#   LARGE_GIGABYTES   size of the checkpoint of large tensors, which must fit the device's memory twice (8.6)
+#   SCRATCH           where checkpoints and environments go, on a disk worth measuring (a folder below TMPDIR, kept)
+#   OUTPUT            where results go (benchmarks/results/DATE-CARD)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON:-python3}
+budget_s=${BUDGET_S:-470}
+scratch=${SCRATCH:-${TMPDIR:-/tmp}/weightstream-gpu}
+wheels=${1:-}
+failures=0
+
+die() {
+    printf 'gpu.sh: %s\n' "$*" >&2
+    exit 1
+}
+step() { printf '\n== %s (%d s of %d s)\n' "$*" "$SECONDS" "$budget_s"; }
+left_s() { printf '%d' $((budget_s > SECONDS + 10 ? budget_s - SECONDS : 10)); }
+
+command -v nvidia-smi >/dev/null || die 'there is no nvidia-smi, so no CUDA device: nothing was installed or measured'
+cards=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader) || die 'nvidia-smi finds no CUDA device'
+[[ -n $cards ]] || die 'nvidia-smi finds no CUDA device'
+if [[ -n $wheels ]]; then
+    [[ -d $wheels ]] || die "there is no folder $wheels"
+    wheels=$(cd "$wheels" && pwd)
+fi
+"$python" -m pip --version >/dev/null || die "$python has no pip to install with"
+printf '%s\n' "$cards"
+
+install() { # ENVIRONMENT REQUIREMENT...
+    local environment=$1
+    shift
+    local options=(--quiet --disable-pip-version-check)
+    [[ -z $wheels ]] || options+=(--no-index --find-links "$wheels")
+    timeout "$(left_s)" "$python" -m pip --python "$environment/bin/python" install "${options[@]}" "$@"
+}
+
+step install
+venv_options=(--without-pip --clear)
+if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+    venv_options+=(--system-site-packages)
+fi
+main=$scratch/venv
+other=$scratch/venv-prefetch
+mkdir -p "$scratch"
+"$python" -m venv "${venv_options[@]}" "$main"
+install "$main" 'setuptools>=77'
+install "$main" --no-build-isolation -e '.[test,bench-cuda]' || {
+    printf 'gpu.sh: not everything can be installed; going on without InstantTensor\n' >&2
+    install "$main" --no-build-isolation -e '.[test,bench]'
+}
+"$main/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    die 'the torch that is installed finds no CUDA device'
+
+# safetensors 0.9 in an environment that has its own, and the main one's packages behind it.
+pythons=()
+"$python" -m venv --without-pip --clear "$other"
+if install "$other" --no-deps 'safetensors==0.9.0rc1'; then
+    packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+    printf 'import site; site.addsitedir("%s")\n' "$("$main/bin/python" -c "$packages")" \
+        >"$("$other/bin/python" -c "$packages")/main.pth"
+    if [[ ${venv_options[*]} == *system-site-packages* ]]; then
+        "$python" -c 'import site; print(*(f"import site; site.addsitedir({p!r})" for p in site.getsitepackages()), sep="\n")' \
+            >>"$("$other/bin/python" -c "$packages")/main.pth"
+    fi
+    pythons=(--python "prefetch=$other/bin/python")
+else
+    printf 'gpu.sh: safetensors 0.9.0rc1 cannot be installed; the comparison goes on without its prefetch\n' >&2
+fi
+
+step 'tests marked gpu'
+timeout "$(($(left_s) / 3))" "$main/bin/python" -m pytest -m gpu -q -p no:cacheprovider || failures=1
+
+step comparison
+options=(--device cuda --caches warm --checkpoints large small --runs 5
+    --large-gigabytes "${LARGE_GIGABYTES:-8.6}" --folder "$scratch/checkpoints"
+    --arms ws-stream ws-again accelerate-meta preload load-file prefetch instanttensor runai fastsafetensors
+    buffered-4 buffered-8 copy)
+[[ -z ${OUTPUT:-} ]] || options+=(--output "$OUTPUT")
+timeout "$(left_s)" "$main/bin/python" -m benchmarks compare "${options[@]}" "${pythons[@]}" \
+    --budget-s "$(($(left_s) - 40))" || failures=1
+
+step 'done'
+exit "$failures"
