@@ -34,7 +34,7 @@ from weightstream.prefetch.header import (
     refuse_doubles,
 )
 
-__all__ = ["MAX_INDEX_BYTES", "Checkpoint", "Shard", "find_checkpoint", "open_checkpoint"]
+__all__ = ["MAX_INDEX_BYTES", "Checkpoint", "Shard", "find_checkpoint", "open_checkpoint", "parse_index"]
 
 #: Our own limit on the length of an index, which the format does not have.
 MAX_INDEX_BYTES = MAX_HEADER_BYTES
@@ -227,27 +227,32 @@ def _read_index(path: Path, resolved: Path) -> dict[str, str]:
             raw = file.read(opened.st_size)
     except OSError as exc:
         raise ReadError(f"cannot read the index: {exc.strerror}", file=path, actual=f"errno {exc.errno}") from exc
+    return parse_index(raw, file=str(path))
+
+
+def parse_index(raw: bytes, *, file: str) -> dict[str, str]:
+    """Parse the JSON of an index; members beside the `weight_map` must be JSON, and are not looked at.
+
+    Returns:
+        The name of each tensor's shard, as it is written.
+
+    Raises:
+        CheckpointError: not an index: not JSON in UTF-8, a key twice, no map of strings, or more than the limits allow.
+    """
     try:
-        weight_map = _parse_index(raw)
+        weight_map = _decode_index(raw)
     except (msgspec.DecodeError, RecursionError, ValueError) as exc:
         raise CheckpointError(
             f"the index is not valid: {one_line(exc)}",
-            file=path,
+            file=file,
             expected='a JSON object with a "weight_map" of strings',
         ) from exc
     if not weight_map:
-        raise CheckpointError("the index lists no tensors", file=path)
+        raise CheckpointError("the index lists no tensors", file=file)
     return weight_map
 
 
-def _parse_index(raw: bytes) -> dict[str, str]:
-    """Decode the `weight_map`; the other members must be JSON, and are not looked at.
-
-    Raises:
-        ValueError: a key is there twice, a limit is exceeded, or this is not UTF-8.
-        msgspec.DecodeError: not JSON, or not what an index is.
-        RecursionError: JSON of too many levels.
-    """
+def _decode_index(raw: bytes) -> dict[str, str]:
     num_strings = count_strings(raw)
     if num_strings > MAX_STRINGS:
         raise ValueError(f"more than {MAX_STRINGS} strings")

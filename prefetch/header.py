@@ -130,7 +130,7 @@ _find_minus_zero = re.compile(rb'(?:[^"-]++|"(?:[^"\\]++|\\.)*+"|-(?!0))*+-0', r
 _STRINGS_PER_ENTRY = 5
 
 #: What is wrong is looked for with care, which takes long, in headers up to this length; in longer ones it is only said.
-_EXPLAINED_BYTES = 2**20
+_EXPLAINED_BYTES = 2**17
 
 
 def read_header(fd: int, file_bytes: int, *, file: str, shard: int) -> list[TensorSpec]:

@@ -273,7 +273,7 @@ def test_missing_file_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_file_whose_name_cannot_be_is_refused() -> None:
-    with pytest.raises(ValidationError, match="cannot read .*null"):
+    with pytest.raises(ValidationError, match=r"cannot read .*null"):
         LoaderConfig.from_yaml("a\0.yaml")
 
 

@@ -140,8 +140,10 @@ class LoaderConfig(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Put keywords before the environment before the YAML file; pydantic-settings merges them, field by field."""
         keywords = {name: _explicit(value) for name, value in init_settings().items()}
-        file = keywords.pop(_YAML_FILE, None)
-        values = _read_yaml(file) if isinstance(file, Path) else {}
+        values = {}
+        if isinstance(file := keywords.get(_YAML_FILE), Path):
+            del keywords[_YAML_FILE]
+            values = _read_yaml(file)
         return (
             InitSettingsSource(settings_cls, keywords),
             _Environment(settings_cls),
