@@ -16,11 +16,11 @@ from pathlib import Path
 
 from weightstream.prefetch.memory import MAP_FAILED, PAGE_BYTES, mapping_libc
 
-__all__ = ["resident_shares"]
+__all__ = ["NUM_SAMPLES", "resident_shares"]
 
-#: So many pages of a range are looked at, evenly spread: what is cached of a file is cached in long stretches, and to
+#: So many pages of a range are looked at: what is cached of a file is cached in long stretches, and to
 #: look at every page would take a tenth of the time of a read from the cache.
-_NUM_SAMPLES = 8
+NUM_SAMPLES = 8
 
 #: Bit of CAP_FOWNER in /proc/thread-self/status, "CapEff": whoever has it counts as the owner of every file.
 _CAP_FOWNER = 1 << 3
@@ -28,7 +28,9 @@ _CAP_FOWNER = 1 << 3
 _OVERFLOW_UID = 65534
 
 
-def resident_shares(fd: int, file_bytes: int, ranges: Sequence[tuple[int, int]]) -> list[float | None]:
+def resident_shares(
+    fd: int, file_bytes: int, ranges: Sequence[tuple[int, int]], *, num_samples: int | None = NUM_SAMPLES
+) -> list[float | None]:
     """Return, for each range (begin, end) in bytes of an open file, which share of it is in the page cache.
 
     Reads nothing and changes nothing. Takes about 10 us a range.
@@ -37,9 +39,10 @@ def resident_shares(fd: int, file_bytes: int, ranges: Sequence[tuple[int, int]])
         fd: a descriptor of the file.
         file_bytes: the file's length; ranges lie inside it and are not empty.
         ranges: what to look at.
+        num_samples: how many pages of each range are looked at, evenly spread; None: every one.
 
     Returns:
-        0.0 to 1.0 by samples, or None where it cannot be known: the file is somebody else's, or cannot be mapped.
+        0.0 to 1.0, or None where it cannot be known: the file is somebody else's, or cannot be mapped.
     """
     if not ranges:
         return []
@@ -48,23 +51,26 @@ def resident_shares(fd: int, file_bytes: int, ranges: Sequence[tuple[int, int]])
     if address in (None, MAP_FAILED):
         return [None] * len(ranges)
     try:
-        return [_share(libc, address, begin, end) for begin, end in ranges]
+        return [_share(libc, address, begin, end, num_samples) for begin, end in ranges]
     finally:
         libc.munmap(address, file_bytes)
 
 
-def _share(libc: ctypes.CDLL, address: int, begin: int, end: int) -> float | None:
-    first, last = begin // PAGE_BYTES, (end - 1) // PAGE_BYTES
-    count = min(_NUM_SAMPLES, last - first + 1)
-    vector = ctypes.c_ubyte()
-    resident = 0
-    for sample in range(count):
-        page = first + (last - first) * sample // max(1, count - 1)
-        where = ctypes.c_void_p(address + page * PAGE_BYTES)
-        if libc.mincore(where, ctypes.c_size_t(PAGE_BYTES), ctypes.byref(vector)):
+def _share(libc: ctypes.CDLL, address: int, begin: int, end: int, num_samples: int | None) -> float | None:
+    first = begin // PAGE_BYTES
+    num_pages = (end - 1) // PAGE_BYTES - first + 1
+    if num_samples is None or num_samples >= num_pages:
+        looks = [(first, num_pages)]
+    else:
+        looks = [(first + (num_pages - 1) * sample // (num_samples - 1), 1) for sample in range(num_samples)]
+    num_resident = num_seen = 0
+    for page, count in looks:
+        answers = (ctypes.c_ubyte * count)()
+        if libc.mincore(ctypes.c_void_p(address + page * PAGE_BYTES), ctypes.c_size_t(count * PAGE_BYTES), answers):
             return None
-        resident += vector.value & 1
-    return resident / count
+        num_seen += count
+        num_resident += bytes(answers).count(1)
+    return num_resident / num_seen
 
 
 def _is_told_truly(fd: int) -> bool:

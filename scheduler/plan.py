@@ -59,7 +59,7 @@ class LoadPlan:
     given_ranges: tuple[ByteRange, ...] = ()
 
 
-def make_plan(
+def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)
     specs: list[TensorSpec],
     places: list[Place],
     *,

@@ -42,7 +42,8 @@ def build_model(spec: str, checkpoint: Path, device: torch.device) -> nn.Module:
 
     Args:
         spec: `package.module:callable`, or `transformers`.
-        checkpoint: what will be loaded; for `transformers`, its folder has the config.json.
+        checkpoint: what will be loaded; for `transformers`, its folder has the config.json. No module is found in that
+            folder: whoever made the weights must not choose code.
         device: for `transformers`, where the buffers go that are in no checkpoint.
 
     Raises:
@@ -51,6 +52,7 @@ def build_model(spec: str, checkpoint: Path, device: torch.device) -> nn.Module:
         WeightstreamError: from `weightstream.integrations.transformers.build_on_meta`.
     """
     if spec == "transformers":
+        _leave_out(checkpoint)
         try:
             bridge = importlib.import_module("weightstream.integrations.transformers")
         except ModuleNotFoundError as error:
@@ -62,7 +64,7 @@ def build_model(spec: str, checkpoint: Path, device: torch.device) -> nn.Module:
         model = bridge.build_on_meta(checkpoint, device=device)
         assert isinstance(model, nn.Module)
         return model
-    builder = _find(spec)
+    builder = _find(spec, checkpoint)
     if not callable(builder):
         raise ConfigurationError(f"model: {spec} is not callable, but of type {type(builder).__qualname__}")
     try:
@@ -112,16 +114,26 @@ def model_for(specs: Iterable[TensorSpec]) -> nn.Module:
     return root
 
 
-def _find(spec: str) -> object:
+def _leave_out(checkpoint: Path) -> None:
+    """Take a checkpoint's folder, and those below it, out of the places in which Python looks for modules."""
+    if not checkpoint.exists():
+        return
+    root = (checkpoint if checkpoint.is_dir() else checkpoint.parent).resolve()
+    sys.path[:] = [place for place in sys.path if not Path(place).resolve().is_relative_to(root)]
+
+
+def _find(spec: str, checkpoint: Path) -> object:
     module_name, _, attributes = spec.partition(":")
     if os.getcwd() not in sys.path:  # noqa: PTH109 - a string is what sys.path holds
         sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    _leave_out(checkpoint)
     try:
         found: object = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise ConfigurationError(
                 f"model: there is no module {error.name!r} here or among the installed packages"
+                " (the checkpoint's folder is not searched)"
             ) from error
         raise ConfigurationError(f"model: importing {module_name} failed: {type(error).__name__}: {error}") from error
     path = module_name
