@@ -324,7 +324,10 @@ def _check_new(shard: Shard, name: str, files: dict[tuple[int, ...], str]) -> No
 
 def _resolve(root: Path, path: Path, *, allow_outside_links: bool) -> Path:
     """Follow links, which must end in the checkpoint's own folder `root` or in the blobs that it is a snapshot of."""
-    resolved = Path(os.path.realpath(path))
+    try:
+        resolved = Path(os.path.realpath(path))
+    except RecursionError as exc:
+        raise CheckpointError("too many links that lead to each other", file=path) from exc
     if allow_outside_links or resolved.is_relative_to(root) or _is_hub_blob(root, resolved):
         return resolved
     raise CheckpointError(

@@ -195,15 +195,14 @@ class _StrictLoader(yaml.SafeLoader):
         self._sizes: dict[yaml.Node, int] = {}
         self._depth = 0
 
-    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:  # noqa: ANN401 - likewise
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node:  # noqa: ANN401 - likewise
         is_alias = self.check_event(yaml.AliasEvent)
         self._depth += 1
         if self._depth > _MAX_YAML_DEPTH:
             raise ComposerError(None, None, f"more than {_MAX_YAML_DEPTH} levels", self.get_mark())
         node = super().compose_node(parent, index)
         self._depth -= 1
-        if node is None:
-            return None
+        assert node is not None  # the stubs allow for a document without any
         if not is_alias:
             self._sizes[node] = 1 + sum(self._sizes[part] for part in _parts(node))
         if node not in self._sizes:

@@ -312,7 +312,7 @@ def test_shard_whose_name_is_no_plain_relative_path_is_refused(tmp_path: Path, n
 
 
 def link_shard(folder: Path, target: Path | str) -> None:
-    (folder / SECOND).unlink()
+    (folder / SECOND).unlink(missing_ok=True)
     (folder / SECOND).symlink_to(target)
 
 
@@ -409,6 +409,15 @@ def test_links_into_the_blobs_of_another_model_are_outside(tmp_path: Path) -> No
 def test_link_that_leads_to_itself_is_a_read_error(folder: Path) -> None:
     link_shard(folder, SECOND)
     with pytest.raises(ReadError, match="cannot open the file: Too many levels of symbolic links"):
+        open_checkpoint(folder)
+
+
+def test_links_that_follow_each_other_without_end_are_a_weightstream_error(folder: Path) -> None:
+    for number in range(2000):
+        (folder / f"link{number}").symlink_to(f"link{number + 1}")
+    (folder / SECOND).rename(folder / "link2000")
+    link_shard(folder, "link0")
+    with pytest.raises((CheckpointError, ReadError), match=r"too many links|Too many levels"):
         open_checkpoint(folder)
 
 
