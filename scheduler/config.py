@@ -31,9 +31,9 @@ class SchedulerConfig(BaseModel):
         description="Follow what is measured while loading: how many reads go on at a time (where prefetch.workers is "
         "`auto`) and how many bytes one read fetches. false: both stay as they are in the beginning.",
     )
-    timeout_s: Annotated[float, Field(gt=0)] | None = Field(
+    timeout_s: Annotated[float, Field(gt=0, le=366 * 24 * 3600, allow_inf_nan=False)] | None = Field(
         default=None,
-        description="Seconds after which a load fails with LoadTimeoutError, counted from its start. They cover reading "
+        description="Seconds (a year at most) after which a load fails with LoadTimeoutError, counted from its start. They cover reading "
         "and copying: the preflight and modules that load themselves are not interrupted. null: never.",
     )
 

@@ -377,3 +377,9 @@ def test_schema_describes_every_key() -> None:
         for name, field in owner["properties"].items():
             described = field if "$ref" not in field else sections[field["$ref"].removeprefix("#/$defs/")]
             assert described.get("description"), name
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan"), 1e12])
+def test_timeout_that_no_clock_could_keep_is_refused(seconds: float) -> None:
+    with pytest.raises(ValidationError, match="timeout_s"):
+        LoaderConfig(scheduler={"timeout_s": seconds})  # type: ignore[arg-type]  # pydantic makes it

@@ -79,23 +79,23 @@ class WeightstreamError(Exception):
         self.partly_written: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        where = " in ".join(_shown(part) for part in (self.tensor, self.file) if part)
-        what = "\n".join(_shown(line) for line in self.what.split("\n"))
+        where = " in ".join(shown(part) for part in (self.tensor, self.file) if part)
+        what = "\n".join(shown(line) for line in self.what.split("\n"))
         text = f"{where}: {what}" if where else what
         if self.expected is not None:
-            text += f": expected {_shown(self.expected)}"
+            text += f": expected {shown(self.expected)}"
         if self.actual is not None:
-            text += f"{',' if self.expected is not None else ':'} found {_shown(self.actual)}"
+            text += f"{',' if self.expected is not None else ':'} found {shown(self.actual)}"
         if self.hint:
             text += f". {self.hint}"
         if self.partly_written:
-            names = ", ".join(_shown(name) for name in self.partly_written[:5])
+            names = ", ".join(shown(name) for name in self.partly_written[:5])
             more = len(self.partly_written) - 5
             text += f" (the model is partly written: {names}{f' and {more} more' if more > 0 else ''})"
         return text
 
 
-def _shown(part: object, *, most: int = 1000) -> str:
+def shown(part: object, *, most: int = 1000) -> str:
     """Write a part of a message so that it is short and does nothing but be read."""
     text = str(part)
     if len(text) > most:
