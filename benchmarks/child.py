@@ -1,8 +1,8 @@
 """One load in a fresh process: `python -m benchmarks.child JOB`, which `run` starts. Prints one line of JSON.
 
 In this order: import what the arm uses; build its model; let the arm prepare; collect garbage; bring the files into the
-page cache or out of it, and touch memory; ask mincore; then the clock, the load, the clock. Afterwards: what kind of memory
-the parameters are in, the first read of every byte, and the comparison of every parameter with the files.
+page cache or out of it, and touch memory; ask mincore; then the clock, the load, the clock. Afterwards: what kind of
+memory the parameters are in, the first read of every byte, and the comparison of every parameter with the files.
 """
 
 from __future__ import annotations
