@@ -1,5 +1,7 @@
 # make demo     install, then load a model that the demo writes itself
 # make test     install with the test tools, then run the tests with branch coverage
+# make soak     the tests that take long: 25 times as many examples, the costs of hostile files, then make fuzz
+# make fuzz     coverage-guided fuzzing of header, index and YAML
 # make check    format, lint, types, import layers
 # make bench    compare with other loaders, which are installed for it; on a quiet machine, 45 minutes
 # make format   rewrite the code in the project's format
@@ -8,6 +10,8 @@
 # Variables:
 #   PYTHON   the interpreter that .venv is made with (3.11 or newer)               make test PYTHON=python3.13
 #   TORCH    the requirement that decides which torch is installed                 make test TORCH='torch==2.13.0'
+#   SEED     what soak and fuzz choose their inputs by; printed, and random if not given           make soak SEED=1
+#   RUNS     inputs for each target of fuzz                                            make fuzz RUNS=1000000
 #   ARGS     further arguments, for the demo, pytest or the benchmarks             make test ARGS='-k layout -x'
 # pip's own variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, ...) work as ever, for a CPU build of torch for instance.
 # What is installed stays as it is until pyproject.toml changes: `make clean` first to change TORCH later.
@@ -15,16 +19,33 @@
 PYTHON ?= python3
 TORCH ?= torch
 ARGS ?=
+SEED ?= $(shell od -An -N3 -tu4 /dev/urandom | tr -d ' ')
+SEED := $(SEED)
+RUNS ?= 50000
 
 BIN := .venv/bin
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test soak fuzz check bench format clean
 
 demo: .venv/ready-runtime
 	$(BIN)/weightstream demo $(ARGS)
 
 test: .venv/ready-test
 	$(BIN)/python -m pytest --cov $(ARGS)
+
+soak: .venv/ready-test
+	@echo "SEED=$(SEED)"
+	$(BIN)/python -m pytest -m soak --timeout=3600 $(ARGS)
+	$(BIN)/python -m pytest tests/fuzz/test_properties.py --hypothesis-profile=soak --hypothesis-seed=$(SEED) \
+	    --timeout=3600 $(ARGS)
+	$(MAKE) fuzz SEED=$(SEED)
+
+fuzz: .venv/ready-fuzz
+	@echo "SEED=$(SEED)"
+	for target in header index yaml; do \
+	    $(BIN)/python -m tests.fuzz.targets $$target -runs=$(RUNS) -seed=$(SEED) -max_len=4096 -timeout=10 \
+	        -rss_limit_mb=2048 -print_final_stats=1 || exit 1; \
+	done
 
 check: .venv/ready-dev
 	$(BIN)/ruff format --check .

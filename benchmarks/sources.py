@@ -37,7 +37,8 @@ from safetensors.torch import save_file
 from tests.fakes.filesystem import Behaviour, Speed, mounted
 from tests.fakes.fuse import why_not
 from weightstream import LoaderConfig, LoadReport, load_sync, pagecache
-from weightstream.bench import model_for, touch
+from weightstream.bench import touch
+from weightstream.building import model_for
 from weightstream.ceilings import read_ceiling
 from weightstream.prefetch.checkpoint import open_checkpoint
 from weightstream.prefetch.header import TensorSpec

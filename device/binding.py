@@ -16,8 +16,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import nn
 
-from weightstream.device.placement import Place, Placement, Site, Subtree, Target
+from weightstream.device.placement import Place, Placement
 from weightstream.device.stage import DeviceStage
+from weightstream.device.targets import Site, Subtree, Target
 from weightstream.errors import MissingKeysError, PlacementError, UnexpectedKeysError
 
 __all__ = ["Binder"]
@@ -47,21 +48,23 @@ class Binder:
 
     def bind(self, places: list[int]) -> list[str]:
         """Place tensors whose bytes are all there; return the names, in the model, that may be used from now on."""
-        ready: list[str] = []
         described = self._placement.places
-        made = [index for index in places if described[index].mode != "fill"]
-        for index in places:
-            if described[index].mode == "fill":
+        ready: list[str] = []
+        filled = [index for index in places if described[index].mode == "fill"]
+        if filled:
+            for index in filled:
                 ready.extend(site.name for site in _sites(described[index]))
-        for index, tensor in zip(made, self._stage.take(made), strict=True):
+            places = [index for index in places if described[index].mode != "fill"]
+        adopt = self._adopt
+        for index, tensor in zip(places, self._stage.take(places), strict=True):
             place = described[index]
-            target = place.target
             if place.mode == "stage":
                 self._staged[place.name] = tensor
                 continue
+            target = place.target
             assert target is not None
-            self._adopt(target, tensor)
-            ready.append(target.site.name)
+            adopt(target, tensor)
+            ready.append(target.name)
             if target.ties:
                 ready.extend(tie.name for tie in target.ties)
         return ready
@@ -110,12 +113,11 @@ class Binder:
         for subtree in self._placement.subtrees:
             self._load_subtree(subtree)
             ready.extend(place.name for place in subtree.places)
-            ready.extend(site.name for target in subtree.targets for site in target.sites)
+            ready.extend(name for target in subtree.targets for name in target.names)
 
     def _compare(self, first: Place, second: torch.Tensor, place: Place) -> None:
         assert first.target is not None
-        site = first.target.site
-        loaded = _registered(site)
+        loaded = _registered(first.target.sites[0])
         if loaded.dtype != second.dtype:
             second = second.to(loaded.dtype)
         if not torch.equal(loaded.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8)):
@@ -131,7 +133,7 @@ class Binder:
         name = f"{subtree.name or 'the model'} ({type(subtree.module).__qualname__})"
         state = {place.name: self._staged.pop(place.name) for place in subtree.places}
         assign = any(target.tensor.is_meta for target in subtree.targets)
-        self._written.extend(target.site.name for target in subtree.targets if not target.tensor.is_meta)
+        self._written.extend(target.name for target in subtree.targets if not target.tensor.is_meta)
         keys = _Keys([], [])
         errors: list[str] = []
         try:
@@ -166,7 +168,7 @@ class Binder:
         named = set(self._placement.names)
         filled: set[str] = set()
         for target in subtree.targets:
-            names = [site.name for site in target.sites]
+            names = target.names
             own = [name for name in names if name.startswith(subtree.prefix)]
             if not target.tensor.is_meta and (named.intersection(names) or set(own) - missing):
                 filled.update(names)
@@ -198,8 +200,7 @@ def _load_module(
 
 def _restore(target: Target) -> torch.Tensor | None:
     """Register a parameter again that `load_state_dict` replaced by a new one; return the new one's contents."""
-    site = target.site
-    found = _registered(site)
+    found = _registered(target.sites[0])
     if found is target.tensor:
         return None
     for one in target.sites:  # as the module itself would: nn.LSTM, for one, keeps a list of its own

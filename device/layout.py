@@ -14,7 +14,7 @@ import msgspec
 
 from weightstream.device.placement import Place
 
-__all__ = ["ALIGNMENT_BYTES", "IN_SLOT", "Landing", "Layout", "Piece", "Run", "Transfer", "padded"]
+__all__ = ["ALIGNMENT_BYTES", "IN_SLOT", "Given", "Landing", "Layout", "Piece", "Run", "Transfer", "padded"]
 
 #: Every tensor begins on such a boundary: kernels with vector loads and TMA fault otherwise. It is also a multiple of
 #: every element's size, so a tensor cut at such a boundary is never cut inside an element.
@@ -25,8 +25,8 @@ IN_SLOT = -1
 
 
 def padded(num_bytes: int) -> int:
-    """Round up to the alignment."""
-    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    """Round up to the alignment, which is a power of two."""
+    return (num_bytes + ALIGNMENT_BYTES - 1) & -ALIGNMENT_BYTES
 
 
 class Landing(msgspec.Struct, frozen=True, gc=False):
@@ -82,6 +82,18 @@ class Transfer(msgspec.Struct, frozen=True, gc=False):
     slot_bytes: int
 
 
+class Given(msgspec.Struct, frozen=True, gc=False):
+    """Memory that is there already and holds the tensors' bytes: mapped files.
+
+    Attributes:
+        sizes: of each of them, in bytes.
+        homes: place -> which of them it lies in, and at which offset.
+    """
+
+    sizes: list[int]
+    homes: list[tuple[int, int]]
+
+
 class Layout:
     """The blocks of one load.
 
@@ -91,53 +103,88 @@ class Layout:
         own_bytes: tensors of this size or more have a block of their own.
         block_bytes: size of the blocks that smaller tensors share.
         share_across_large: whether small tensors before and after a large one may share a block.
+        given: blocks that need not be made or filled. Tensors stay there if they can: those that are neither cast nor
+            written to other storage, and begin at a multiple of their element's size.
 
     Attributes:
-        blocks: the size of each block.
+        blocks: the size of each block; the first `num_given` of them are given.
         block_of: place -> its block, or `IN_SLOT`.
         offset_of: place -> its offset in the block.
         members: block -> how many places lie in it.
     """
 
     def __init__(
-        self, places: list[Place], *, lands: bool, own_bytes: int, block_bytes: int, share_across_large: bool = True
+        self,
+        places: list[Place],
+        *,
+        lands: bool,
+        own_bytes: int,
+        block_bytes: int,
+        share_across_large: bool = True,
+        given: Given | None = None,
     ) -> None:
         self.places = places
         self.lands = lands
         self.own_bytes = own_bytes
-        self.blocks: list[int] = []
+        self.blocks: list[int] = list(given.sizes) if given is not None else []
+        self.num_given = len(self.blocks)
         self.block_of: list[int] = []
         self.offset_of: list[int] = []
-        self.members: list[int] = []
+        self.members: list[int] = [0] * self.num_given
         #: Whether readers write everything to where it belongs, so that no slot is needed.
         self.slotless = lands and not any(place.mode == "fill" or place.is_cast for place in places)
+        self._assign_blocks(block_bytes, given, share_across_large=share_across_large)
+
+    def _assign_blocks(  # noqa: C901 (one loop over all tensors, without calls)
+        self, block_bytes: int, given: Given | None, *, share_across_large: bool
+    ) -> None:
+        blocks, members, own_bytes = self.blocks, self.members, self.own_bytes
+        add_block_of, add_offset_of = self.block_of.append, self.offset_of.append
         shared = -1
-        used = 0
-        for place in places:
-            num_bytes = place.num_bytes
-            if place.is_cast:
-                num_bytes = num_bytes // place.stored_dtype.itemsize * place.dtype.itemsize
+        used = count = 0  # of the block that small tensors share at present
+
+        def close_shared() -> None:
+            if shared >= 0:
+                blocks[shared], members[shared] = used, count
+
+        for index, place in enumerate(self.places):
+            size = place.num_bytes
+            num_bytes = size
+            if given is not None and size and place.mode != "fill" and place.dtype is place.stored_dtype:
+                block, offset = given.homes[index]
+                if offset % place.dtype.itemsize == 0:
+                    add_block_of(block)
+                    add_offset_of(offset)
+                    members[block] += 1
+                    continue
+            if place.dtype is not place.stored_dtype:
+                num_bytes = size // place.stored_dtype.itemsize * place.dtype.itemsize
             if num_bytes == 0 or place.mode == "fill":
-                self.block_of.append(IN_SLOT)
-                self.offset_of.append(0)
-                continue
-            if place.num_bytes >= own_bytes:
-                self.block_of.append(len(self.blocks))
-                self.offset_of.append(0)
-                self.blocks.append(padded(num_bytes))
-                self.members.append(1)
+                add_block_of(IN_SLOT)
+                add_offset_of(0)
+            elif size >= own_bytes:
+                add_block_of(len(blocks))
+                add_offset_of(0)
+                blocks.append(padded(num_bytes))
+                members.append(1)
                 if not share_across_large:
+                    close_shared()
                     shared = -1
-                continue
-            if shared < 0 or used + num_bytes > block_bytes:
-                shared, used = len(self.blocks), 0
-                self.blocks.append(0)
-                self.members.append(0)
-            self.block_of.append(shared)
-            self.offset_of.append(used)
-            self.members[shared] += 1
-            used += padded(num_bytes)
-            self.blocks[shared] = used
+            else:
+                if shared < 0 or used + num_bytes > block_bytes:
+                    close_shared()
+                    shared, used, count = len(blocks), 0, 0
+                    blocks.append(0)
+                    members.append(0)
+                add_block_of(shared)
+                add_offset_of(used)
+                used += padded(num_bytes)
+                count += 1
+        close_shared()
+
+    def is_given(self, place: int) -> bool:
+        """Tell whether a place's bytes are where they belong from the beginning."""
+        return 0 <= self.block_of[place] < self.num_given
 
     def is_small(self, place: int) -> bool:
         """Tell whether a place shares a block, or would if the loader made its storage."""
@@ -146,8 +193,8 @@ class Layout:
     def pieces(self, first: int, stop: int, head: int, num_bytes: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield (place, offset in the tensor, offset in the chunk, bytes) for a chunk's tensors."""
         position = 0
-        for place in range(first, stop):
-            count = min(self.places[place].num_bytes - head, num_bytes - position)
+        for place, described in enumerate(self.places[first:stop], first):
+            count = min(described.num_bytes - head, num_bytes - position)
             if count:
                 yield place, head, position, count
                 position += count
@@ -165,11 +212,14 @@ class Layout:
         used = 0 if self.slotless else self._assign_slot(first, stop, head, num_bytes, where, runs, loose)
         landings: list[Landing] = []
         block, start, end = IN_SLOT, 0, 0
+        block_of, offset_of = self.block_of, self.offset_of
         for place, offset, _, count in self.pieces(first, stop, head, num_bytes):
-            slot_offset = where.get(place)
-            next_block = self.block_of[place] if slot_offset is None else IN_SLOT
-            begin = self.offset_of[place] + offset if slot_offset is None else slot_offset
-            if next_block == block and begin == end:
+            slot_offset = where.get(place) if where else None
+            if slot_offset is None:
+                next_block, begin = block_of[place], offset_of[place] + offset
+            else:
+                next_block, begin = IN_SLOT, slot_offset
+            if begin == end and next_block == block:
                 end += count
                 continue
             if end > start:

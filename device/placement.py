@@ -5,7 +5,7 @@ Reads the model and decides; changes nothing. The decisions are carried out by `
 """
 
 # pyright: reportPrivateUsage=false
-# Hooks, overrides and non-persistence have no public names in `nn.Module`.
+# Gradient hooks have no public name in `torch.Tensor`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -18,10 +18,10 @@ from torch.nn.parameter import is_lazy
 
 from weightstream.device.config import DeviceConfig
 from weightstream.device.dtypes import CASTABLE, destination_dtype, torch_dtype, torch_shape, unsupported
-from weightstream.device.selfloading import SelfLoading, keeps_shapes
+from weightstream.device.targets import Subtree, Target, Targets, find_targets
 from weightstream.errors import MissingKeysError, PlacementError, ShapeMismatchError, UnexpectedKeysError
 
-__all__ = ["Mode", "Place", "Placement", "Site", "Stored", "Subtree", "Target", "deliver", "match"]
+__all__ = ["Mode", "Place", "Placement", "Stored", "deliver", "match"]
 
 #: adopt: the loader makes the storage and the parameter takes it. fill: the parameter has contiguous storage, which is
 #: written to. stage: the loader makes a tensor that somebody else places at the end (module hooks, strided copies,
@@ -42,41 +42,8 @@ class Stored(Protocol):
     def num_bytes(self) -> int: ...
 
 
-# There is one of each of the following per tensor: hidden from the garbage collector, so that it does not scan tens of
-# thousands of them. They refer to modules, so whoever holds them must let them go when the load ends.
-
-
-class Site(msgspec.Struct, frozen=True, gc=False):
-    """One place where a tensor is registered: `module._parameters[key]` or `module._buffers[key]`."""
-
-    name: str
-    module: nn.Module
-    key: str
-    is_parameter: bool
-
-
-class Target(msgspec.Struct, gc=False):
-    """One tensor of the model with all its sites: the first, and the others if it is tied. `declared` is its dtype.
-
-    `position` is in order of registration; `filled_by` is the index of the place that fills it (-1: none so far; the
-    place refers to the target already, and objects that the collector does not see must not form a cycle).
-    """
-
-    tensor: torch.Tensor
-    declared: torch.dtype
-    site: Site
-    position: int
-    subtree: Subtree | None = None
-    ties: tuple[Site, ...] = ()
-    filled_by: int = -1
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        return (self.site, *self.ties)
-
-
 class Place(msgspec.Struct, frozen=True, gc=False):
-    """What becomes of one tensor of the checkpoint.
+    """What becomes of one tensor of the checkpoint. Hidden from the garbage collector, as `targets` are.
 
     `num_bytes` and `stored_dtype` are the file's; `dtype` is what it will have in the model.
     """
@@ -95,18 +62,6 @@ class Place(msgspec.Struct, frozen=True, gc=False):
         return self.dtype is not self.stored_dtype
 
 
-class Subtree:
-    """A module that loads itself: through hooks, an overridden `_load_from_state_dict`, or extra state."""
-
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self.name = name
-        self.prefix = f"{name}." if name else ""
-        self.module = module
-        self.keeps_shapes = keeps_shapes(module)
-        self.targets: list[Target] = []
-        self.places: list[Place] = []
-
-
 class Placement:
     """All decisions for one load.
 
@@ -117,11 +72,10 @@ class Placement:
         doubles: pairs of places that hold the same tied tensor and must be equal; the second is staged.
         strided: staged places that are copied into a target without contiguous storage.
         names: in the model, of all tensors that the places fill.
-        module_names: every module of the model.
+        prefixes: of every module of the model, what the names of its tensors begin with.
         loaded_themselves: filled in by `binding`: which subtrees loaded themselves.
         missing_keys, unexpected_keys: names on one side alone, as torch names them; `binding` adds those of subtrees.
-        own_buffers: the model's buffers that are not persistent: it computes them itself.
-        computed: names of the checkpoint that are left out, because they are among `own_buffers`.
+        computed: names of the checkpoint that are left out, because the model computes these buffers itself.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -131,11 +85,10 @@ class Placement:
         self.doubles: list[tuple[Place, Place]] = []
         self.strided: list[Place] = []
         self.names: list[str] = []
-        self.module_names: list[str] = []
+        self.prefixes: list[str] = []
         self.loaded_themselves: list[str] = []
         self.missing_keys: list[str] = []
         self.unexpected_keys: list[str] = []
-        self.own_buffers: set[str] = set()
         self.computed: list[str] = []
 
     @property
@@ -151,7 +104,7 @@ class Placement:
 
 
 def _adopts(place: Place) -> bool:
-    return place.target is not None and place.target.tensor.is_meta
+    return place.target is not None and place.target.on_meta
 
 
 def deliver(stored: Iterable[Stored], config: DeviceConfig, device: torch.device) -> Placement:
@@ -190,104 +143,72 @@ def match(model: nn.Module, stored: Mapping[str, Stored], config: DeviceConfig, 
         UnsupportedFormatError: torch lacks a dtype.
     """
     placement = Placement(default)
-    targets = _walk(model, placement)
-    placement.device = device = _common_device(targets, config, default)
-    places, names = placement.places, placement.names
+    found = find_targets(model)
+    placement.subtrees, placement.prefixes = found.subtrees, found.prefixes
+    placement.device = device = _common_device(found, config, default)
+    places, names, find = placement.places, placement.names, found.by_name.get
+    add_place, add_name = places.append, names.append
     for name, spec in stored.items():
-        target = targets.get(name)
-        subtree = target.subtree if target is not None else _enclosing(placement.subtrees, name)
-        if subtree is not None:
-            place = _subtree_place(spec, target, subtree, config)
-            subtree.places.append(place)
-            names.append(name)
-        elif target is None:
-            # Checkpoints of older versions hold what is computed by now: position numbers, rotary tables.
-            (placement.computed if name in placement.own_buffers else placement.unexpected_keys).append(name)
-            continue
+        target = find(name)
+        if target is None or target.subtree is not None:
+            if not _place_specially(placement, found, spec, target, config):
+                continue
         else:
             place = _place(spec, target, config, device)
+            add_place(place)
             if target.filled_by >= 0:
                 placement.doubles.append((places[target.filled_by], place))
             elif place.mode == "stage":
                 placement.strided.append(place)
         if target is not None and target.filled_by < 0:
-            target.filled_by = len(places)
-            names.append(target.site.name)
+            target.filled_by = len(places) - 1
+            add_name(target.name)
             if target.ties:
                 names.extend(tie.name for tie in target.ties)
-        places.append(place)
-    placement.missing_keys = [
-        name for name, target in targets.items() if target.filled_by < 0 and target.subtree is None
-    ]
+    if len(names) < len(found.by_name) or placement.subtrees:
+        placement.missing_keys = [
+            name for name, target in found.by_name.items() if target.filled_by < 0 and target.subtree is None
+        ]
     if config.strict:
         _check_keys(placement)
     return placement
 
 
-def _walk(model: nn.Module, placement: Placement) -> dict[str, Target]:  # noqa: C901 (calls would double its time)
-    """Return every persistent tensor by each of its names, in order of registration; note modules and subtrees."""
-    targets: dict[str, Target] = {}
-    by_id: dict[int, Target] = {}
-    loads_itself = SelfLoading()
-    stack: list[tuple[str, nn.Module, Subtree | None]] = [("", model, None)]
-    while stack:
-        prefix, module, subtree = stack.pop()
-        placement.module_names.append(prefix[:-1])
-        state = module.__dict__  # plain look-ups: a model has tens of thousands of modules
-        if subtree is None and loads_itself(type(module), state):
-            subtree = Subtree(prefix[:-1], module)
-            placement.subtrees.append(subtree)
-        for is_parameter, tensors in ((True, state["_parameters"]), (False, state["_buffers"])):
-            for key, tensor in tensors.items() if tensors else ():
-                name = prefix + key
-                if tensor is None:
-                    continue
-                if not is_parameter and key in state["_non_persistent_buffers_set"]:
-                    _check_own_buffer(name, tensor)
-                    placement.own_buffers.add(name)
-                    continue
-                target = by_id.get(id(tensor))
-                site = Site(name, module, key, is_parameter)
-                if target is None:
-                    target = by_id[id(tensor)] = Target(tensor, tensor.dtype, site, len(by_id), subtree)
-                    if subtree is not None:
-                        subtree.targets.append(target)
-                else:
-                    target.ties = (*target.ties, site)
-                targets[name] = target
-        for key, child in reversed(state["_modules"].items()) if state["_modules"] else ():
-            if child is not None:
-                stack.append((f"{prefix}{key}.", child, subtree))
-    return targets
+def _place_specially(
+    placement: Placement, found: Targets, spec: Stored, target: Target | None, config: DeviceConfig
+) -> bool:
+    """Place a tensor that a module loads itself; note one that has no place at all, and return false."""
+    name = spec.name
+    subtree = target.subtree if target is not None else _enclosing(found.subtrees, name)
+    if subtree is None:
+        # Checkpoints of older versions hold what is computed by now: position numbers, rotary tables.
+        (placement.computed if name in found.own_buffers else placement.unexpected_keys).append(name)
+        return False
+    place = _subtree_place(spec, target, subtree, config)
+    subtree.places.append(place)
+    placement.places.append(place)
+    placement.names.append(name)
+    return True
 
 
-def _common_device(targets: Mapping[str, Target], config: DeviceConfig, default: torch.device) -> torch.device:
+def _common_device(found: Targets, config: DeviceConfig, default: torch.device) -> torch.device:
     """Return the device of the parameters that have storage, else the default. Buffers are copied to where they are."""
     device: torch.device | None = None
-    for name, target in targets.items():
-        if target.tensor.is_meta or not target.site.is_parameter:
+    for name, target in found.by_name.items():
+        if target.on_meta or not target.is_parameter:
             continue
-        found = target.tensor.device
-        if device is None and (config.target == "auto" or found == default):
-            device = found
-        elif found != device:
+        place = target.tensor.device
+        if device is None and (config.target == "auto" or place == default):
+            device = place
+        elif place != device:
             raise PlacementError(
                 "the parameter already has storage, on another device than the rest of the load",
                 tensor=name,
                 expected=str(device or default),
-                actual=str(found),
+                actual=str(place),
                 hint="Move the model to one device, or set device.target to auto",
             )
     return device or default
-
-
-def _check_own_buffer(name: str, buffer: torch.Tensor) -> None:
-    if buffer.device.type == "meta":
-        raise PlacementError(
-            "this buffer is on meta, but it is not persistent, so no checkpoint holds it",
-            tensor=name,
-            hint="Compute it on a real device before loading: only what the checkpoint holds may be on meta",
-        )
 
 
 def _enclosing(subtrees: list[Subtree], name: str) -> Subtree | None:
@@ -296,7 +217,7 @@ def _enclosing(subtrees: list[Subtree], name: str) -> Subtree | None:
 
 def _place(spec: Stored, target: Target, config: DeviceConfig, device: torch.device) -> Place:
     tensor, shape = target.tensor, spec.shape
-    kind, declared, on_meta = type(tensor), target.declared, tensor.is_meta
+    kind, declared, on_meta = type(tensor), target.declared, target.on_meta
     dtype = torch_dtype(spec.dtype)
     if dtype is None:
         raise unsupported(spec.dtype, spec.name)

@@ -4,30 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import nn
 
-__all__ = ["SelfLoading", "keeps_shapes"]
+__all__ = ["keeps_shapes", "overrides_loading"]
 
 
-class SelfLoading:
-    """Tells which modules load themselves; remembers what depends on their class alone."""
-
-    def __init__(self) -> None:
-        self._by_kind: dict[type[nn.Module], bool] = {}
-
-    def __call__(self, kind: type[nn.Module], state: Mapping[str, object]) -> bool:
-        overrides = self._by_kind.get(kind)
-        if overrides is None:
-            overrides = self._by_kind[kind] = (
-                _loading_home(kind) != nn.Module.__module__ or kind.set_extra_state is not nn.Module.set_extra_state
-            )
-        return overrides or bool(
-            state["_load_state_dict_pre_hooks"]
-            or state["_load_state_dict_post_hooks"]
-            or "_load_from_state_dict" in state
-        )
+def overrides_loading(kind: type[nn.Module]) -> bool:
+    """Tell whether modules of a class load themselves, whatever hooks a single one of them may have besides."""
+    return _loading_home(kind) != nn.Module.__module__ or kind.set_extra_state is not nn.Module.set_extra_state
 
 
 def keeps_shapes(module: nn.Module) -> bool:

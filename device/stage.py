@@ -8,7 +8,7 @@ was filled, `take` for each tensor whose bytes are all there, `close`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -27,10 +27,21 @@ class DeviceStage:
         layout: where everything lies.
         stream: the user's current stream when the load was asked for.
         on_block: told the size of every block that is made (positive) and let go (negative).
+        given: the memory of the layout's given blocks.
     """
 
-    def __init__(self, backend: Backend, layout: Layout, *, stream: object, on_block: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        layout: Layout,
+        *,
+        stream: object,
+        on_block: Callable[[int], None],
+        given: Sequence[torch.Tensor] = (),
+    ) -> None:
         self.num_copies = 0
+        #: Whether readers may write to the blocks themselves.
+        self.lands = backend.lands
         #: Places of materialised parameters that a copy has been submitted into.
         self.touched: set[int] = set()
         self._backend = backend
@@ -38,26 +49,29 @@ class DeviceStage:
         self._stream = stream
         self._on_block = on_block
         self._lock = threading.Lock()
-        self._blocks: dict[int, torch.Tensor] = {}
+        self._blocks: dict[int, torch.Tensor] = dict(enumerate(given))
         self._views: dict[int, memoryview] = {}
-        self._typed: dict[tuple[int, torch.dtype], torch.Tensor] = {}
         self._members = list(layout.members)
-        self._strides: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def open(self) -> None:
         """Make the device wait for what the user's stream has been given: parameters may still be in use there."""
         self._backend.follow(self._stream)
 
-    def buffers(self, transfer: Transfer, slot: memoryview | None) -> list[memoryview]:
-        """Return the host memory that a chunk's bytes go to, in order. Called on reader threads."""
+    def buffers(self, transfer: Transfer, slot: memoryview | None, begin: int, end: int) -> list[memoryview]:
+        """Return the host memory that bytes `begin` to `end` of a chunk go to, in order. Called on reader threads."""
         result: list[memoryview] = []
+        position = 0
         for landing in transfer.landings:
+            first, last = max(begin - position, 0), min(end - position, landing.num_bytes)
+            position += landing.num_bytes
+            if first >= last:
+                continue
             if landing.block == IN_SLOT:
                 assert slot is not None
                 memory = slot
             else:
                 memory = self._host_view(landing.block)
-            result.append(memory[landing.offset : landing.offset + landing.num_bytes])
+            result.append(memory[landing.offset + first : landing.offset + last])
         return result
 
     def submit(self, transfer: Transfer, slot: memoryview | None, shift: int | None) -> Event | None:
@@ -96,32 +110,35 @@ class DeviceStage:
         for group in _neighbours(loose):
             self._spread(source, group)
 
-    def take(self, places: Iterable[int]) -> list[torch.Tensor]:
+    def take(self, places: Sequence[int]) -> list[torch.Tensor]:
         """Return finished tensors, in their final dtype and shape, and let go of blocks of which these were the last.
 
-        Each tensor is a view whose version counter is its own: views of one block that shared a counter would make an
-        in-place change of one parameter look, to autograd, like a change of its neighbours.
+        Views are made in bulk: tensors of one shape that lie at equal distances are one call. Each has a version counter
+        of its own, through `.data`: views of one block that shared a counter would make an in-place change of one
+        parameter look, to autograd, like a change of its neighbours.
         """
         described, block_of, offset_of = self._layout.places, self._layout.block_of, self._layout.offset_of
-        typed, strides_of, members = self._typed, self._strides, self._members
-        taken: list[torch.Tensor] = []
-        for index in places:
-            place, block = described[index], block_of[index]
-            shape, dtype = place.shape, place.dtype
-            if block == IN_SLOT:
-                taken.append(torch.empty(shape, dtype=dtype, device=self._backend.device))
-                continue
-            elements = typed.get((block, dtype))
-            if elements is None:
-                elements = typed[block, dtype] = self._block(block).view(dtype)
-            strides = strides_of.get(shape)
-            if strides is None:
-                strides = strides_of[shape] = _contiguous_strides(shape)
-            taken.append(elements.as_strided(shape, strides, offset_of[index] // dtype.itemsize).data)
-            members[block] -= 1
-            if not members[block]:
-                self._drop(block)
-        return taken
+        alike: dict[tuple[int, torch.dtype, tuple[int, ...]], tuple[list[int], list[int]]] = {}
+        for rank, index in enumerate(places):
+            place = described[index]
+            key = block_of[index], place.dtype, place.shape
+            found = alike.get(key)
+            if found is None:
+                alike[key] = [rank], [offset_of[index]]
+            else:
+                found[0].append(rank)
+                found[1].append(offset_of[index])
+        taken: dict[int, torch.Tensor] = {}
+        for (block, dtype, shape), (ranks, offsets) in alike.items():
+            if block == IN_SLOT:  # tensors without bytes
+                views = [torch.empty(shape, dtype=dtype, device=self._backend.device) for _ in ranks]
+            else:
+                views = _views(_elements(self._block(block), dtype), shape, offsets)
+                self._members[block] -= len(ranks)
+                if not self._members[block]:
+                    self._drop(block)
+            taken.update(zip(ranks, views, strict=True))
+        return [taken[rank] for rank in range(len(places))]
 
     def run(self, action: Callable[[], None]) -> None:
         """Call `action` with the user's stream current, and return when its work on the device is done."""
@@ -201,9 +218,7 @@ class DeviceStage:
         with self._lock:
             block = self._blocks.pop(index, None)
             self._views.pop(index, None)
-        if block is not None:
-            for key in [key for key in self._typed if key[0] == index]:
-                del self._typed[key]
+        if block is not None and index >= self._layout.num_given:
             self._on_block(-self._layout.blocks[index])
 
 
@@ -211,6 +226,31 @@ def _storage_of(place: Place) -> torch.Tensor:
     """Return a materialised parameter flat. It shares the version counter: autograd sees that it was written to."""
     assert place.target is not None
     return place.target.tensor.detach().view(-1)
+
+
+def _elements(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return bytes as elements, without those at the end that are not enough for one."""
+    return block[: block.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+
+
+def _views(elements: torch.Tensor, shape: tuple[int, ...], offsets: list[int]) -> list[torch.Tensor]:
+    """Return the contiguous tensors of one shape that begin at these offsets, in bytes, of a flat tensor."""
+    itemsize = elements.dtype.itemsize
+    strides = _contiguous_strides(shape)
+    views: list[torch.Tensor] = []
+    first = 0
+    while first < len(offsets):
+        stop = first + 1
+        step = max(0, offsets[stop] - offsets[first]) if stop < len(offsets) else 0
+        while step and stop < len(offsets) and offsets[stop] - offsets[stop - 1] == step:
+            stop += 1
+        count = stop - first
+        all_of_them = elements.as_strided(
+            (count, *shape), (step // itemsize, *strides), offsets[first] // itemsize
+        ).unbind(0)
+        views += [view.data for view in all_of_them]
+        first = stop
+    return views
 
 
 def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

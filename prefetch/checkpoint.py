@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -23,9 +22,24 @@ from weightstream.errors import (
     ReadError,
     UnsupportedFormatError,
 )
-from weightstream.prefetch.header import TensorSpec, check_unique, parse_string_mapping, read_header
+from weightstream.prefetch.header import (
+    MAX_HEADER_BYTES,
+    MAX_STRINGS,
+    TensorSpec,
+    count_strings,
+    one_line,
+    parse_string_mapping,
+    read_header,
+    refuse_doubles,
+)
 
-__all__ = ["Checkpoint", "Shard", "find_checkpoint", "open_checkpoint"]
+__all__ = ["MAX_INDEX_BYTES", "Checkpoint", "Shard", "find_checkpoint", "open_checkpoint", "parse_index"]
+
+#: Our own limit on the length of an index, which the format does not have.
+MAX_INDEX_BYTES = MAX_HEADER_BYTES
+
+#: The kernel's limit on a path (PATH_MAX). Longer names are refused before anything splits or resolves them.
+_MAX_NAME_BYTES = 4096
 
 _INDEX_NAME = "model.safetensors.index.json"
 _SINGLE_NAME = "model.safetensors"
@@ -156,7 +170,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, allow_outside_links: bool =
             named by its own path may always be one.
 
     Raises:
-        CheckpointError: not a checkpoint, or a shard that may not be opened.
+        CheckpointError: not a checkpoint, an index that is not valid, or a file that may not be opened.
         MissingShardError: a shard of the index does not exist.
         HeaderError: a header breaks the format, or a file is truncated.
         IndexMismatchError: index and headers disagree.
@@ -165,92 +179,133 @@ def open_checkpoint(path: str | os.PathLike[str], *, allow_outside_links: bool =
         ReadError: the operating system refused to open or read a file.
     """
     found = find_checkpoint(path)
-    weight_map = _read_index(found) if found.name.endswith(".index.json") else None
-    names = [found.name] if weight_map is None else list(dict.fromkeys(weight_map.values()))
     root = Path(os.path.realpath(found.parent))
+    named = found == Path(path)
+    weight_map: dict[str, str] | None = None
+    if found.name.endswith(".index.json"):
+        weight_map = _read_index(found, _resolve(root, found, allow_outside_links=allow_outside_links or named))
+    names = [found.name] if weight_map is None else list(dict.fromkeys(weight_map.values()))
+    anywhere = allow_outside_links or (weight_map is None and named)
     shards: list[Shard] = []
-    tensors: dict[str, TensorSpec] = {}
-    strangers: list[str] = []
-    anywhere = allow_outside_links or (weight_map is None and found == Path(path))
+    headers: list[list[TensorSpec]] = []
+    files: dict[tuple[int, ...], str] = {}
     try:
         for number, name in enumerate(names):
             shard = _open_shard(root, name, found, allow_outside_links=anywhere)
             shards.append(shard)
-            for spec in read_header(shard.fd, shard.num_bytes, file=str(shard.path), shard=number):
-                tensor = spec.name
-                if weight_map is not None and weight_map.get(tensor) != name:
-                    strangers.append(f"{tensor} (in {name}; index: {weight_map.get(tensor, 'not listed')})")
-                tensors[tensor] = spec
+            _check_new(shard, name, files)
+            headers.append(read_header(shard.fd, shard.num_bytes, file=str(shard.path), shard=number))
         if weight_map is not None:
-            _check_index(found, weight_map, tensors, strangers)
+            _check_index(found, weight_map, dict(zip(names, headers, strict=True)))
     except BaseException:
         for shard in shards:
             os.close(shard.fd)
         raise
+    tensors = {spec.name: spec for header in headers for spec in header}
     return Checkpoint(found, tuple(shards), tensors)
 
 
-class _Index(msgspec.Struct, gc=False):
-    weight_map: msgspec.Raw
+_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _read_index(path: Path, resolved: Path) -> dict[str, str]:
     """Return the index's `weight_map`: the name of each tensor's shard."""
     try:
-        fd, _ = _open_regular(path, path)
+        fd, opened = _open_regular(path, resolved)
         with os.fdopen(fd, "rb") as file:
-            raw = file.read()
+            if opened.st_size > MAX_INDEX_BYTES:
+                raise CheckpointError(
+                    "the index is too long",
+                    file=path,
+                    expected=f"at most {MAX_INDEX_BYTES} bytes",
+                    actual=f"{opened.st_size} bytes",
+                )
+            raw = file.read(opened.st_size)
     except OSError as exc:
         raise ReadError(f"cannot read the index: {exc.strerror}", file=path, actual=f"errno {exc.errno}") from exc
+    return parse_index(raw, file=str(path))
+
+
+def parse_index(raw: bytes, *, file: str) -> dict[str, str]:
+    """Parse the JSON of an index; members beside the `weight_map` must be JSON, and are not looked at.
+
+    Returns:
+        The name of each tensor's shard, as it is written.
+
+    Raises:
+        CheckpointError: not an index: not JSON in UTF-8, a key twice, no map of strings, or more than the limits allow.
+    """
     try:
-        weight_map = parse_string_mapping(msgspec.json.decode(raw, type=_Index).weight_map)
-        if b"\\" in raw or raw.count(b'"weight_map"') != 1:  # a decoder keeps the last of two, and says nothing
-            check_unique(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as exc:
+        weight_map = _decode_index(raw)
+    except (msgspec.DecodeError, RecursionError, ValueError) as exc:
         raise CheckpointError(
-            f"the index is not valid: {exc}", file=path, expected='a JSON object with a "weight_map" of strings'
+            f"the index is not valid: {one_line(exc)}",
+            file=file,
+            expected='a JSON object with a "weight_map" of strings',
         ) from exc
     if not weight_map:
-        raise CheckpointError("the index lists no tensors", file=path)
+        raise CheckpointError("the index lists no tensors", file=file)
     return weight_map
 
 
-def _check_index(
-    path: Path, weight_map: dict[str, str], tensors: dict[str, TensorSpec], strangers: Iterable[str]
-) -> None:
-    missing = [f"{name} (index: {shard})" for name, shard in weight_map.items() if name not in tensors]
-    extra = list(strangers)
-    if not missing and not extra:
+def _decode_index(raw: bytes) -> dict[str, str]:
+    num_strings = count_strings(raw)
+    if num_strings > MAX_STRINGS:
+        raise ValueError(f"more than {MAX_STRINGS} strings")
+    raw.decode()  # the decoder does not look into what it skips
+    members = _decode_members(raw)
+    if num_strings != len(members) + sum(count_strings(bytes(member)) for member in members.values()):
+        refuse_doubles(raw)  # the decoder has kept the last of two and dropped the other with its strings
+    if "weight_map" not in members:
+        raise ValueError("there is no `weight_map`")
+    return parse_string_mapping(members["weight_map"])
+
+
+def _check_index(path: Path, weight_map: dict[str, str], headers: dict[str, list[TensorSpec]]) -> None:
+    """Compare the index with the tensors that each shard's header names."""
+    named: dict[str, str] = {}
+    for shard, header in headers.items():
+        named.update(dict.fromkeys([spec.name for spec in header], shard))
+    if named == weight_map and sum(map(len, headers.values())) == len(named):
         return
+    missing = [name for name in weight_map if name not in named]
+    strangers = [
+        (spec.name, shard) for shard, header in headers.items() for spec in header if weight_map.get(spec.name) != shard
+    ]
     parts: list[str] = []
     if missing:
-        parts.append(f"{len(missing)} named in the index but in no header: {_some(missing)}")
-    if extra:
-        parts.append(f"{len(extra)} in a header that the index does not name there: {_some(extra)}")
+        some = _some([f"{name} (index: {weight_map[name]})" for name in missing[:5]], len(missing))
+        parts.append(f"{len(missing)} named in the index but in no header: {some}")
+    if strangers:
+        some = _some(
+            [f"{name} (in {shard}; index: {weight_map.get(name, 'not listed')})" for name, shard in strangers[:5]],
+            len(strangers),
+        )
+        parts.append(f"{len(strangers)} in a header that the index does not name there: {some}")
     raise IndexMismatchError("index and headers disagree", file=path, actual="; ".join(parts))
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _some(first: list[str], total: int) -> str:
+    more = total - len(first)
+    return ", ".join(first) + (f" and {more} more" if more else "")
 
 
 def _open_shard(root: Path, name: str, listed_in: Path, *, allow_outside_links: bool) -> Shard:
     """Open one shard for reading, after checking where it lies and what it is; never blocks on a FIFO."""
-    parts = PurePosixPath(name).parts
-    if not name or "\0" in name or name.startswith("/") or ".." in parts:
+    if (
+        not name
+        or "\0" in name
+        or name.startswith("/")
+        or len(os.fsencode(name)) > _MAX_NAME_BYTES
+        or ".." in PurePosixPath(name).parts
+    ):
         raise CheckpointError(
-            f"the shard's name {name!r} is not a plain relative path", file=listed_in, hint="Do not trust this index"
+            f"the shard's name {name[:100]!r} is not a plain relative path",
+            file=listed_in,
+            hint="Do not trust this index",
         )
     path = root / name
-    resolved = Path(os.path.realpath(path))
-    if not (allow_outside_links or resolved.is_relative_to(root) or _is_hub_blob(root, resolved)):
-        raise CheckpointError(
-            "the shard is a link to outside the checkpoint's folder",
-            file=path,
-            expected=f"a file in {root}",
-            actual=resolved,
-            hint="Set prefetch.allow_outside_links if you trust it",
-        )
+    resolved = _resolve(root, path, allow_outside_links=allow_outside_links)
     try:
         fd, opened = _open_regular(path, resolved)
     except FileNotFoundError as exc:
@@ -258,6 +313,30 @@ def _open_shard(root: Path, name: str, listed_in: Path, *, allow_outside_links: 
             "the shard does not exist", file=path, hint=f"{listed_in.name} names it: fetch it again"
         ) from exc
     return Shard(path, fd, opened.st_size, _identity(opened))
+
+
+def _check_new(shard: Shard, name: str, files: dict[tuple[int, ...], str]) -> None:
+    """Refuse a second name for a file: an index with many of them would have its header read again and again."""
+    other = files.setdefault(shard.identity, name)
+    if other != name:
+        raise CheckpointError("the index has two names for one file", file=shard.path, actual=f"also {other}")
+
+
+def _resolve(root: Path, path: Path, *, allow_outside_links: bool) -> Path:
+    """Follow links, which must end in the checkpoint's own folder `root` or in the blobs that it is a snapshot of."""
+    try:
+        resolved = Path(os.path.realpath(path))
+    except RecursionError as exc:
+        raise CheckpointError("too many links that lead to each other", file=path) from exc
+    if allow_outside_links or resolved.is_relative_to(root) or _is_hub_blob(root, resolved):
+        return resolved
+    raise CheckpointError(
+        "this is a link to outside the checkpoint's folder",
+        file=path,
+        expected=f"a file in {root}",
+        actual=resolved,
+        hint="Set prefetch.allow_outside_links if you trust it",
+    )
 
 
 def _open_regular(path: Path, resolved: Path) -> tuple[int, os.stat_result]:

@@ -43,23 +43,26 @@ class PrefetchConfig(BaseModel):
 
     workers: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
         default="auto",
-        description="Reader threads. `auto`: as many as there are usable cores, at least 2 and at most 8.",
+        description="Reads at a time, each by a thread. `auto`: begins with the number of usable cores, at least 2 and at "
+        "most 8, and with scheduler.adaptive follows what is measured, up to 32.",
     )
     chunk: Size = Field(
         default=16 * 2**20,
         ge=64 * 2**10,
         le=2**30,
-        description="Bytes that one read fills, and one slot of the ring holds: 64KiB to 1GiB, a multiple of 4KiB.",
+        description="Bytes that one slot of the ring holds, and the most that one read fetches: 64KiB to 1GiB, a multiple "
+        "of 4KiB.",
     )
     host_memory: Size = Field(
         default=2**30,
         description="Ceiling, in bytes, for the host memory that a Loader stages with: its ring of slots and the "
         "tensors that `stream()` has not delivered yet. Weights whose own place is host memory are not counted.",
     )
-    io: Literal["buffered", "direct"] = Field(
-        default="buffered",
-        description="`buffered`: through the page cache. `direct`: O_DIRECT, past it; where a file system refuses "
-        "that, buffered reads are used instead and the report says so.",
+    io: Literal["auto", "buffered", "direct"] = Field(
+        default="auto",
+        description="`auto`: what is in the page cache is read from there; for the rest the first reads measure whether "
+        "`buffered` (through the page cache) or `direct` (O_DIRECT, past it) is faster here. `direct`: where a file "
+        "system refuses that, buffered reads are used instead and the report says so.",
     )
     retries: int = Field(
         default=3,

@@ -8,10 +8,10 @@ header tile without hole or overlap.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, NoReturn
 
 import msgspec
 
@@ -20,15 +20,25 @@ from weightstream.errors import HeaderError, ReadError, UnsupportedFormatError
 __all__ = [
     "DTYPE_BITS",
     "MAX_HEADER_BYTES",
+    "MAX_RANK",
+    "MAX_STRINGS",
     "TensorSpec",
-    "check_unique",
+    "count_strings",
+    "one_line",
     "parse_header",
     "parse_string_mapping",
     "read_header",
+    "refuse_doubles",
 ]
 
 #: The format's own limit on the length of a header.
 MAX_HEADER_BYTES = 100_000_000
+
+#: Our own limits, far above what real checkpoints have; they bound the time and memory that a hostile header can take.
+#: A tensor takes 5 strings of a header, and 2 of an index.
+MAX_STRINGS = 2_500_000
+#: As many dimensions as NumPy 1 has.
+MAX_RANK = 32
 
 #: Bits per element of every dtype that the format names (safetensors 0.8).
 DTYPE_BITS = {
@@ -80,17 +90,21 @@ class TensorSpec(msgspec.Struct, frozen=True, gc=False):
 
 _NO_SHAPE = (-1,)
 _NO_OFFSETS = (-1, -1)
+_Shape = Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_RANK)]
 
 
 class _Entry(msgspec.Struct, frozen=True, gc=False):
-    """An entry of a header. The defaults, which no entry can have, show that a field is missing."""
+    """An entry of a header, or its metadata, whose members are strings and may be named like fields.
+
+    The defaults, which no entry can have, show that a field is missing.
+    """
 
     dtype: str = ""
-    shape: tuple[int, ...] = _NO_SHAPE
-    data_offsets: tuple[int, int] = _NO_OFFSETS
+    shape: _Shape | str = _NO_SHAPE
+    data_offsets: tuple[int, int] | str = _NO_OFFSETS
 
 
-class _StrictEntry(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+class _StrictEntry(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     dtype: str
     shape: tuple[int, ...]
     data_offsets: tuple[int, int]
@@ -107,12 +121,16 @@ _decode_strict = msgspec.json.Decoder(_StrictEntry).decode
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_strings = msgspec.json.Decoder(dict[str, str]).decode
 
-#: What may be the number -0, which the reference reader takes for a float and refuses, and msgspec for 0. In a string it
-#: means nothing, so this only leads to the slow way.
-_minus_zero = re.compile(rb"[\[,\s]-0").search
+#: The number -0, which the reference reader takes for a float and refuses, and msgspec for 0. Where none of these bytes
+#: is, there is none; where one is, it may be in a string, and a pattern that knows strings (and never goes back) decides.
+_AROUND_MINUS_ZERO = [before + b"-0" for before in (b"[", b",", b" ", b"\n", b"\t", b"\r")]
+_find_minus_zero = re.compile(rb'(?:[^"-]++|"(?:[^"\\]++|\\.)*+"|-(?!0))*+-0', re.DOTALL).match
 
-#: Quotes in an ordinary member of a header: its name, three fields' names, and the dtype.
-_QUOTES_PER_ENTRY = 10
+#: Strings of an entry: its name, three fields' names, and the dtype.
+_STRINGS_PER_ENTRY = 5
+
+#: What is wrong is looked for with care, which takes long, in headers up to this length; in longer ones it is only said.
+_EXPLAINED_BYTES = 2**17
 
 
 def read_header(fd: int, file_bytes: int, *, file: str, shard: int) -> list[TensorSpec]:
@@ -173,29 +191,28 @@ def parse_header(raw: bytes, *, file: str, shard: int) -> list[TensorSpec]:
     try:
         entries = _decode_header(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as exc:
-        raise HeaderError(f"the header is not valid: {exc}", file=file) from exc
-    data_begin = 8 + len(raw)
-    known: dict[tuple[str, tuple[int, ...]], tuple[int, tuple[int, ...]]] = {}
+        raise HeaderError(f"the header is not valid: {one_line(exc)}", file=file) from exc
+    position = data_begin = 8 + len(raw)
+    known: dict[tuple[str, tuple[int, ...] | str], tuple[int, tuple[int, ...]]] = {}
+    in_order = True
     specs: list[TensorSpec] = []
     append = specs.append
     for name, entry in entries.items():
-        dtype, shape = entry.dtype, entry.shape
-        begin, end = entry.data_offsets
-        found = known.get((dtype, shape))
+        dtype, offsets = entry.dtype, entry.data_offsets
+        found = known.get((dtype, entry.shape))
         if found is None:
-            found = known[dtype, shape] = (_size_bytes(dtype, shape, file, name), shape)
+            found = known[dtype, entry.shape] = _size_and_shape(entry, file, name)
         size, shape = found  # one tuple for all tensors of a shape: tuples are work for the garbage collector
-        if begin < 0 or end - begin != size:
-            raise HeaderError(
-                f"data_offsets [{begin}, {end}] do not fit dtype {dtype} and shape {list(shape)[:8]}",
-                file=file,
-                tensor=name,
-                expected=f"{size} bytes",
-                actual=f"{end - begin} bytes",
-            )
-        append(TensorSpec(name, dtype, shape, shard, data_begin + begin, data_begin + end))
-    specs.sort(key=lambda spec: (spec.begin, spec.end))
-    _check_tiling(specs, data_begin, file)
+        if isinstance(offsets, str) or offsets[0] < 0 or offsets[1] - offsets[0] != size:
+            _refuse_offsets(entry, size, file, name)
+        begin = data_begin + offsets[0]
+        if begin != position:
+            in_order = False
+        position = begin + size
+        append(TensorSpec(name, dtype, shape, shard, begin, position))
+    if not in_order:  # as it is in files that the safetensors package wrote, the header's order is that of the bytes
+        specs.sort(key=lambda spec: (spec.begin, spec.end))
+        _check_tiling(specs, data_begin, file)
     return specs
 
 
@@ -208,60 +225,68 @@ def parse_string_mapping(raw: bytes | msgspec.Raw) -> dict[str, str]:
     """
     strings = _decode_strings(raw)
     text = bytes(raw)
-    if b"\\" in text or text.count(b'"') != 4 * len(strings):
-        check_unique(text)
+    if count_strings(text) != 2 * len(strings):
+        refuse_doubles(text)
     return strings
 
 
-def check_unique(raw: bytes, *, parse_int: Callable[[str], int] = int) -> None:
-    """Parse JSON once more, slowly, to see that no object in it has a key twice.
+def one_line(error: Exception) -> str:
+    """Return the message of a decoder's error, which may quote what it found, as one short line."""
+    return " ".join(str(error)[:500].split())
+
+
+def count_strings(raw: bytes) -> int:
+    r"""Count the strings in valid JSON, keys included: each has two quotes that no backslash stands before.
+
+    Decoders keep the last of two equal keys silently. This count, compared with that of what was decoded, shows it.
+    """
+    if b"\\" in raw:  # a run of backslashes is read in pairs from its start, as `replace` does
+        raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return raw.count(b'"') // 2
+
+
+def refuse_doubles(raw: bytes) -> NoReturn:
+    """Say which key JSON has twice, given that it has one.
 
     Raises:
-        ValueError: one has, or this is not strict JSON.
+        ValueError: always. In long texts the key is not looked for, and not named.
     """
-    json.loads(raw, object_pairs_hook=_refuse_doubles, parse_int=parse_int, parse_constant=_refuse_constant)
+    if len(raw) <= _EXPLAINED_BYTES:
+        json.loads(raw, object_pairs_hook=_refuse_doubles)
+    raise ValueError("a key is there twice")
 
 
 def _decode_header(raw: bytes) -> dict[str, _Entry]:
-    r"""Decode the entries of a header, metadata left out.
+    """Decode the entries of a header, metadata left out.
 
-    Fast decoders keep the last of two equal keys silently, and this one ignores unknown fields. Both show in the number
-    of quotes: in text without a backslash every string has exactly two. Only where the count does not come out is the
-    header parsed again, slowly and strictly.
+    Keys that are there twice, and unknown fields, which the decoder ignores both, show in the number of strings.
+    Fields that are missing, which could make up for them, show later in what stands for them.
     """
-    try:
-        entries = _decode_entries(raw)
-        metadata = bytes(_decode_metadata(raw).metadata)
-    except msgspec.ValidationError:  # metadata may have members that are named like fields
-        return _decode_slowly(raw)
-    quotes = 0
-    if metadata:
-        parse_string_mapping(metadata)
-        entries.pop("__metadata__", None)
-        quotes = 2 + metadata.count(b'"')
-    if (
-        b"\\" in raw
-        or raw.count(b'"') != quotes + _QUOTES_PER_ENTRY * len(entries)
-        or (
-            b"-0" in raw and _minus_zero(raw)  # the plain search is much faster than the pattern
+    num_strings = count_strings(raw)
+    if num_strings > MAX_STRINGS:
+        raise ValueError(
+            f"more than {MAX_STRINGS // _STRINGS_PER_ENTRY} tensors, or as many strings as they would have"
         )
-    ):
-        return _decode_slowly(raw)
-    if any(
-        not entry.dtype or entry.shape is _NO_SHAPE or entry.data_offsets is _NO_OFFSETS for entry in entries.values()
-    ):
-        return _decode_slowly(raw)
+    entries = _decode_entries(raw)
+    metadata = _decode_metadata(raw).metadata
+    if bytes(metadata):
+        num_strings -= 1 + 2 * len(parse_string_mapping(metadata))
+        del entries["__metadata__"]
+    if num_strings != _STRINGS_PER_ENTRY * len(entries):
+        _refuse_members(raw)
+    if b"-0" in raw and any(text in raw for text in _AROUND_MINUS_ZERO) and _find_minus_zero(raw):
+        raise ValueError("-0 is not a whole number")
     return entries
 
 
-def _decode_slowly(raw: bytes) -> dict[str, _Entry]:
-    check_unique(raw, parse_int=_parse_int)
-    fields = _decode_fields(raw)
-    metadata = fields.pop("__metadata__", None)
-    if metadata is not None:
-        _decode_strings(metadata)
-    strict = {name: _decode_strict(field) for name, field in fields.items()}
-    return {name: _Entry(entry.dtype, entry.shape, entry.data_offsets) for name, entry in strict.items()}
+def _refuse_members(raw: bytes) -> NoReturn:
+    """Say which key is there twice, which field is missing or unknown, given that there is one."""
+    if len(raw) <= _EXPLAINED_BYTES:
+        json.loads(raw, object_pairs_hook=_refuse_doubles)
+        for name, field in _decode_fields(raw).items():
+            if name != "__metadata__":
+                _decode_strict(field)
+    raise ValueError("a key is there twice, or an entry has other fields than dtype, shape and data_offsets")
 
 
 def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -275,36 +300,41 @@ def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _parse_int(digits: str) -> int:
-    if digits == "-0":
-        raise ValueError("-0 is not a whole number")
-    return int(digits)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _size_bytes(dtype: str, shape: tuple[int, ...], file: str, name: str) -> int:
+def _size_and_shape(entry: _Entry, file: str, name: str) -> tuple[int, tuple[int, ...]]:
     """Return a tensor's size, refusing shapes that overflow 63 bits at any step (as the reference reader does)."""
+    dtype, shape = entry.dtype, entry.shape
+    if shape is _NO_SHAPE or isinstance(shape, str):
+        raise HeaderError("the entry has no list of integers as its shape", file=file, tensor=name)
     bits = DTYPE_BITS.get(dtype)
     if bits is None:
         raise UnsupportedFormatError(
             "unknown dtype", file=file, tensor=name, expected=" ".join(DTYPE_BITS), actual=dtype
         )
-    total = 1
-    for n in shape:
-        total *= n
-        if n < 0 or total > _MAX_INT:
-            raise HeaderError("the shape is negative or overflows", file=file, tensor=name, actual=str(shape[:8]))
-    if total * bits > _MAX_INT or total * bits % 8:
+    total = math.prod(shape[: shape.index(0)] if 0 in shape else shape)  # once it is zero, it stays so
+    if total > _MAX_INT or (shape and not 0 <= min(shape) <= max(shape) <= _MAX_INT):
+        raise HeaderError("the shape is negative or overflows", file=file, tensor=name, actual=str(shape[:8]))
+    num_bits = 0 if 0 in shape else total * bits
+    if num_bits > _MAX_INT or num_bits % 8:
         raise HeaderError(
             "the tensor does not fill whole bytes, or too many of them",
             file=file,
             tensor=name,
             actual=f"{total} elements of {bits} bits",
         )
-    return total * bits // 8
+    return num_bits // 8, shape
+
+
+def _refuse_offsets(entry: _Entry, size: int, file: str, name: str) -> NoReturn:
+    offsets = entry.data_offsets
+    if offsets is _NO_OFFSETS or isinstance(offsets, str):
+        raise HeaderError("the entry has no pair of integers as its data_offsets", file=file, tensor=name)
+    raise HeaderError(
+        f"data_offsets {list(offsets)} do not fit dtype {entry.dtype} and shape {list(entry.shape)[:8]}",
+        file=file,
+        tensor=name,
+        expected=f"{size} bytes",
+        actual=f"{offsets[1] - offsets[0]} bytes",
+    )
 
 
 def _check_tiling(specs: list[TensorSpec], data_begin: int, file: str) -> None:

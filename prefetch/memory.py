@@ -11,16 +11,30 @@ import mmap
 import os
 import platform
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
-__all__ = ["PAGE_BYTES", "Budget", "MemoryAccount", "Peak", "allocate", "available_bytes", "usable_cores"]
+__all__ = [
+    "MAP_FAILED",
+    "PAGE_BYTES",
+    "Budget",
+    "MemoryAccount",
+    "Peak",
+    "allocate",
+    "available_bytes",
+    "copy_out",
+    "mapping_libc",
+    "usable_cores",
+]
 
 #: The unit of O_DIRECT and of the ring's slots: the page of every platform that this package runs on.
 PAGE_BYTES = 4096
+
+#: What mmap(2) returns when it fails.
+MAP_FAILED = ctypes.c_void_p(-1).value
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
@@ -50,6 +64,24 @@ def allocate(num_bytes: int, *, numa_node: int | None = None) -> mmap.mmap:
         arguments = (ctypes.c_void_p(address), ctypes.c_ulong(num_bytes), _MPOL_PREFERRED, nodes)
         ctypes.CDLL(None).syscall(_MBIND[platform.machine()], *arguments, ctypes.c_ulong(64 * len(nodes) + 1), 0)
     return block
+
+
+def mapping_libc() -> ctypes.CDLL:
+    """Return the C library with the types of `mmap` and `munmap` declared, for mappings that Python's cannot make."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    size, flag = ctypes.c_size_t, ctypes.c_int
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, size, flag, flag, flag, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, size]
+    return libc
+
+
+def copy_out(source: memoryview, buffers: Iterable[memoryview]) -> None:
+    """Copy host memory to buffers, one after the other, without the GIL (a slice assignment would hold it)."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(source))
+    for buffer in buffers:
+        ctypes.memmove(ctypes.addressof(ctypes.c_char.from_buffer(buffer)), address, len(buffer))
+        address += len(buffer)
 
 
 class Peak:

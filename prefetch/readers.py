@@ -79,6 +79,14 @@ class ReaderPool:
         with self._condition:
             self._condition.notify_all()
 
+    def widen(self, num_workers: int) -> None:
+        """Have so many threads at least, and make idle ones look again: more reads may go on from now on."""
+        with self._condition:
+            while self.num_workers < num_workers and not self._closed:
+                self.num_workers += 1
+                self._add_thread()
+            self._condition.notify_all()
+
     def replace_stuck(self, num_threads: int) -> None:
         """Start threads in place of ones that hang in the kernel. Should those return, they are readers again, too."""
         with self._condition:

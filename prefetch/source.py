@@ -15,6 +15,7 @@ from weightstream.errors import ReadError
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.memory import PAGE_BYTES
+from weightstream.prefetch.residency import resident_shares
 
 __all__ = ["ByteRange", "FileSource", "Source"]
 
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 #: The kernel takes at most this many buffers in one call (IOV_MAX).
 _MAX_BUFFERS = 1024
+
+_DIRECT_REFUSED = "direct I/O refused by the file system: buffered reads used instead"
 
 _TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT})
 
@@ -36,19 +39,22 @@ class ByteRange:
 
 
 class Source(Protocol):
-    """Where a load's bytes come from. Its methods are called from reader threads, several at a time."""
+    """Where a load's bytes come from. Its methods are called from several threads at a time."""
 
-    @property
-    def direct(self) -> bool:
-        """Whether chunks are read by `read_whole`, in the layout of the file, rather than scattered."""
+    def has_direct(self, shard: int) -> bool:
+        """Tell whether a shard can be read past the page cache. Does not block."""
+        ...
+
+    def resident_shares(self, wanted: Sequence[ByteRange]) -> list[float | None]:
+        """Return how much of each range is in the page cache, 0.0 to 1.0, or None where that cannot be known."""
         ...
 
     def read(self, wanted: ByteRange, buffers: Sequence[memoryview]) -> None:
         """Fill `buffers`, in order, with the bytes wanted: together they are exactly that long."""
         ...
 
-    def read_whole(self, wanted: ByteRange, slot: memoryview) -> int:
-        """Read the range into a page-aligned slot, and return the offset at which its first byte lies there."""
+    def read_direct(self, wanted: ByteRange, memory: memoryview) -> None:
+        """Read the pages that a range lies in, past the page cache, to the beginning of page-aligned memory."""
         ...
 
     def close(self) -> None: ...
@@ -59,10 +65,10 @@ class FileSource:
 
     Args:
         checkpoint: stays the caller's, who closes it after this source.
-        config: `io` and `retries` are used.
+        config: `io` and `retries` are used. Unless `io` is `buffered`, every shard is opened for direct reads here.
         pause: waits for so many seconds before a retry and returns whether to go on (false: the load was stopped).
         on_retry: told of each repeated read.
-        on_fallback: told, once, that direct I/O was refused.
+        on_fallback: told, once, that direct I/O was asked for and refused.
     """
 
     def __init__(
@@ -80,8 +86,11 @@ class FileSource:
         self._on_retry = on_retry
         self._on_fallback = on_fallback
         self._lock = threading.Lock()
-        self._direct_fds: dict[int, int] = {}
-        self.direct = config.io == "direct"
+        self._wants_direct = config.io == "direct"
+        self._opened: dict[int, int] = {}
+        if config.io != "buffered":
+            self._open_direct()
+        self._direct_fds = dict(self._opened)  # those that still serve
 
     def read(self, wanted: ByteRange, buffers: Sequence[memoryview]) -> None:
         """See `Source.read`.
@@ -105,10 +114,25 @@ class FileSource:
             if count:
                 rest[first] = rest[first][count:]
 
-    def read_whole(self, wanted: ByteRange, slot: memoryview) -> int:
-        """See `Source.read_whole`. Offset and length are widened to whole pages, as O_DIRECT demands.
+    def has_direct(self, shard: int) -> bool:
+        return shard in self._direct_fds
 
-        A short read is normal at the end of the file, where no further page exists.
+    def resident_shares(self, wanted: Sequence[ByteRange]) -> list[float | None]:
+        shares: list[float | None] = [None] * len(wanted)
+        by_shard: dict[int, list[int]] = {}
+        for number, one in enumerate(wanted):
+            by_shard.setdefault(one.shard, []).append(number)
+        for number, members in by_shard.items():
+            shard = self._shards[number]
+            ranges = [(wanted[member].begin, wanted[member].end) for member in members]
+            for member, share in zip(members, resident_shares(shard.fd, shard.num_bytes, ranges), strict=True):
+                shares[member] = share
+        return shares
+
+    def read_direct(self, wanted: ByteRange, memory: memoryview) -> None:
+        """See `Source.read_direct`. O_DIRECT demands whole pages; at the end of a file the last one is short.
+
+        Where the file system takes the flag but refuses the read, the page cache serves it, and all later ones.
 
         Raises:
             ReadError: as in `read`.
@@ -116,28 +140,28 @@ class FileSource:
         start = wanted.begin - wanted.begin % PAGE_BYTES
         need = wanted.end - start
         length = -(-need // PAGE_BYTES) * PAGE_BYTES
-        fd = self._direct_fd(wanted.shard)
+        ordinary = self._shards[wanted.shard].fd
+        fd = self._direct_fds.get(wanted.shard, ordinary)
         done = 0
         while done < need:
             try:
-                count = self._preadv(wanted.shard, fd, [slot[done:length]], start + done)
-            except OSError:  # EINVAL: the file system takes the flag but not the read
-                self._refuse_direct()
-                fd = self._shards[wanted.shard].fd
+                count = self._preadv(wanted.shard, fd, [memory[done:length]], start + done)
+            except OSError:  # EINVAL: it takes the flag but not the read
+                self._refuse_direct(wanted.shard)
+                fd = ordinary
                 continue
             if count == 0:
                 raise self._truncated(wanted, start + done)
             done += count
             if done < need and done % PAGE_BYTES:  # an odd short read cannot be continued past the page cache
-                fd = self._shards[wanted.shard].fd
-        return wanted.begin - start
+                fd = ordinary
 
     def close(self) -> None:
         """Close the descriptors that this source opened. No read may be in progress."""
         with self._lock:
-            for shard, fd in self._direct_fds.items():
-                if fd != self._shards[shard].fd:
-                    os.close(fd)
+            for fd in self._opened.values():
+                os.close(fd)
+            self._opened.clear()
             self._direct_fds.clear()
 
     def _preadv(self, shard: int, fd: int, buffers: list[memoryview], position: int) -> int:
@@ -161,26 +185,20 @@ class FileSource:
                     actual=f"offset {position}, after {attempt} retries",
                 ) from exc
 
-    def _direct_fd(self, shard: int) -> int:
-        """Return a descriptor of the same inode opened with O_DIRECT, or the ordinary one where that is refused."""
-        with self._lock:
-            fd = self._direct_fds.get(shard)
-            if fd is None:
-                ordinary = self._shards[shard].fd
-                try:
-                    fd = os.open(f"/proc/self/fd/{ordinary}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-                except OSError:
-                    fd = ordinary
-                self._direct_fds[shard] = fd
-        if fd == self._shards[shard].fd:
-            self._refuse_direct()
-        return fd
+    def _open_direct(self) -> None:
+        """Open the same inodes once more, with O_DIRECT, where the file system lets us."""
+        for number, shard in enumerate(self._shards):
+            try:
+                self._opened[number] = os.open(f"/proc/self/fd/{shard.fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            except OSError:
+                if self._wants_direct:
+                    self._on_fallback(_DIRECT_REFUSED)
 
-    def _refuse_direct(self) -> None:
+    def _refuse_direct(self, shard: int) -> None:
         with self._lock:
-            first, self.direct = self.direct, False
-        if first:
-            self._on_fallback("direct I/O refused by the file system: buffered reads used instead")
+            first = self._direct_fds.pop(shard, None) is not None
+        if first and self._wants_direct:
+            self._on_fallback(_DIRECT_REFUSED)
 
     def _truncated(self, wanted: ByteRange, position: int) -> ReadError:
         return ReadError(

@@ -13,7 +13,7 @@ from weightstream.prefetch.config import PrefetchConfig
 __all__ = ["SchedulerConfig", "Settings", "Strategy"]
 
 #: How a checkpoint gets into the model. `auto` decides and says why in the report.
-Strategy = Literal["auto", "stream"]
+Strategy = Literal["auto", "stream", "map"]
 
 
 class SchedulerConfig(BaseModel):
@@ -26,9 +26,14 @@ class SchedulerConfig(BaseModel):
         description="`model`: chunks in the order in which the model's modules are registered, so that early layers "
         "are ready first. `file`: shard by shard, from the first byte to the last.",
     )
-    timeout_s: Annotated[float, Field(gt=0)] | None = Field(
+    adaptive: bool = Field(
+        default=True,
+        description="Follow what is measured while loading: how many reads go on at a time (where prefetch.workers is "
+        "`auto`) and how many bytes one read fetches. false: both stay as they are in the beginning.",
+    )
+    timeout_s: Annotated[float, Field(gt=0, le=366 * 24 * 3600, allow_inf_nan=False)] | None = Field(
         default=None,
-        description="Seconds after which a load fails with LoadTimeoutError, counted from its start. They cover reading "
+        description="Seconds (a year at most) after which a load fails with LoadTimeoutError, counted from its start. They cover reading "
         "and copying: the preflight and modules that load themselves are not interrupted. null: never.",
     )
 

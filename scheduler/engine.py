@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -20,6 +20,7 @@ from weightstream.device.backend import Backend, HostBackend, NowhereBackend
 from weightstream.errors import MemoryBudgetError
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
+from weightstream.prefetch.mapping import Prefault
 from weightstream.prefetch.memory import Budget, MemoryAccount, allocate, available_bytes, usable_cores
 from weightstream.prefetch.readers import ReaderPool
 from weightstream.prefetch.ring import Ring, Segment, slot_bytes_for
@@ -71,6 +72,10 @@ class Machine:
     ring: type[Ring] = Ring
 
 
+#: Slots for direct reads of a load that may or may not come to use them. Not measured: eight are read into while eight
+#: are copied from.
+_DIRECT_SLOTS = 16
+
 _PINNING_REFUSED = "page-locking host memory was refused: copies to the device are pageable and slower"
 
 
@@ -102,9 +107,11 @@ class Engine:
         self._unpin: dict[Segment, Callable[[], None]] = {}
         self._pinning_refused = False
         self._num_ring_users = 0
+        self._prefaults: list[Prefault] = []
         workers = config.prefetch.workers
-        num_workers = min(8, max(2, usable_cores())) if workers == "auto" else workers
-        self.readers = ReaderPool(num_workers, self.clock.condition(), self.clock.spawn)
+        #: How many reads of a load go on at a time in the beginning.
+        self.num_workers = min(8, max(2, usable_cores())) if workers == "auto" else workers
+        self.readers = ReaderPool(self.num_workers, self.clock.condition(), self.clock.spawn)
         slot_bytes = slot_bytes_for(config.prefetch.chunk)
         self.ring = self.machine.ring(slot_bytes, self.budget, self.account, self.readers.wake)
 
@@ -136,7 +143,8 @@ class Engine:
         plan: LoadPlan,
         backend: Backend,
         *,
-        direct: bool,
+        io: Literal["auto", "buffered", "direct"],
+        num_cold: int,
         delivers: bool,
         on_fallback: Callable[[str], None],
     ) -> bool:
@@ -144,26 +152,32 @@ class Engine:
 
         Page-locking goes on in the background, segment by segment, while reading starts.
 
+        Args:
+            plan: what is loaded.
+            backend: where to.
+            io: how it is read; direct reads need slots.
+            num_cold: how many chunks are not in the page cache.
+            delivers: whether a consumer takes the blocks one by one.
+            on_fallback: told if page-locking is refused.
+
         Returns:
-            Whether the load uses the ring, and has to call `leave_ring` when it ends.
+            Whether there are slots for the load, which has to call `leave_ring` when it ends.
 
         Raises:
             MemoryBudgetError: the host, its budget or the device has too little.
         """
-        blocks_bytes = sum(plan.layout.blocks)
-        if delivers:  # a consumer takes them; only so many are there at once
-            blocks_bytes = min(blocks_bytes, self.budget.limit_bytes)
-        if backend.lands:
-            self._check_fits("host memory", blocks_bytes, available_bytes())
-        elif backend.device.type not in ("meta", "cpu"):
-            self._check_fits(f"memory of {backend.device}", blocks_bytes, free_bytes(backend.device))
-        num_slots = self._num_slots(plan, backend, direct=direct, delivers=delivers)
-        if not num_slots:
+        self._check_room(plan, backend, delivers=delivers)
+        needed = sum(1 for chunk in plan.chunks if io == "direct" or chunk.transfer.slot_bytes)
+        wished = max(needed, min(num_cold, _DIRECT_SLOTS)) if io == "auto" else needed
+        if not wished:
             return False
+        num_slots = self._num_slots(wished, plan, backend, delivers=delivers)
         with self._lock:
             segments = self.ring.grow(num_slots, numa_node=backend.numa_node)
             found = self.ring.statistics()
             if found.num_slots == found.num_written_off:
+                if not needed:
+                    return False
                 raise MemoryBudgetError(
                     "no slot of the ring fits into what is left of prefetch.host_memory",
                     expected=f"{self.ring.slot_bytes} bytes or more",
@@ -180,9 +194,17 @@ class Engine:
             self._start_pinning(segments, backend, on_fallback)
         return True
 
-    def _num_slots(self, plan: LoadPlan, backend: Backend, *, direct: bool, delivers: bool) -> int:
-        num_slots = sum(1 for chunk in plan.chunks if direct or chunk.transfer.slot_bytes)
-        if num_slots and delivers and backend.lands:  # blocks that wait for a consumer need their part of the budget
+    def _check_room(self, plan: LoadPlan, backend: Backend, *, delivers: bool) -> None:
+        blocks_bytes = sum(plan.layout.blocks[plan.layout.num_given :])
+        if delivers:  # a consumer takes them; only so many are there at once
+            blocks_bytes = min(blocks_bytes, self.budget.limit_bytes)
+        if backend.lands:
+            self._check_fits("host memory", blocks_bytes, available_bytes())
+        elif backend.device.type not in ("meta", "cpu"):
+            self._check_fits(f"memory of {backend.device}", blocks_bytes, free_bytes(backend.device))
+
+    def _num_slots(self, num_slots: int, plan: LoadPlan, backend: Backend, *, delivers: bool) -> int:
+        if delivers and backend.lands:  # blocks that wait for a consumer need their part of the budget
             left_bytes = self.budget.left_bytes
             room_bytes = left_bytes - max(left_bytes // 2, *plan.layout.blocks)
             num_slots = min(num_slots, max(1, room_bytes // self.ring.slot_bytes))
@@ -229,6 +251,15 @@ class Engine:
             yield
         finally:
             self.budget.give(num_bytes)
+
+    def prefault(self, work: Prefault) -> None:
+        """Have mapped memory brought in by reader threads, for as long as the engine is open."""
+        with self._lock:
+            for done in [one for one in self._prefaults if one.is_done]:
+                self._prefaults.remove(done)
+                self.readers.detach(done)
+            self._prefaults.append(work)
+        self.readers.attach(work)
 
     def close(self) -> None:
         """End the threads and give the memory back. Every load must have ended."""

@@ -1,8 +1,8 @@
 """The flow of one load: its chunks from granted to placed, who may go on, and who waits.
 
-A chunk is granted to a reader when its turn has come and there is a buffer for it; filled, it waits for the load's own
-thread, which submits its copies; copied, its slot goes back to the ring and its tensors are placed. Back-pressure is
-nothing but this: no free slot, no grant.
+A chunk is granted to readers when its turn has come and there is a buffer for it; they read it in as many parts as the
+tuner says. Filled, it waits for the load's own thread, which submits its copies; copied, its slot goes back to the ring
+and its tensors are placed. Back-pressure is nothing but this: no free slot, no grant.
 
 Threads and locks. `take` and the reads it returns run on reader threads, `_reclaim` on a thread of this load,
 everything else on the load's own thread; `stop` on any. One condition guards all state. It is never held
@@ -13,17 +13,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from weightstream.device.backend import Event
 from weightstream.device.stage import DeviceStage
 from weightstream.errors import LoadTimeoutError
+from weightstream.prefetch.memory import PAGE_BYTES, copy_out
 from weightstream.prefetch.readers import Thread
 from weightstream.prefetch.ring import Ring, Slot
-from weightstream.prefetch.source import Source
+from weightstream.prefetch.source import ByteRange
 from weightstream.scheduler.clock import Clock
 from weightstream.scheduler.ledger import Ledger
 from weightstream.scheduler.plan import Chunk, LoadPlan
+from weightstream.scheduler.reading import Reading
 
 __all__ = ["Filled", "Flow"]
 
@@ -36,12 +39,31 @@ class Filled(NamedTuple):
     shift: int | None
 
 
+@dataclass(slots=True, eq=False)
+class _Fill:
+    """A chunk that is being read: everything before `position` in its file has been given to readers.
+
+    `tuned`: read in parts and measured, as the tuner says; else from the page cache, which is as fast as it is.
+    `bounces`: read directly into the slot and copied at once, by the reader, to where the bytes belong in host memory.
+    """
+
+    chunk: Chunk
+    slot: Slot | None
+    direct: bool
+    tuned: bool
+    bounces: bool
+    position: int
+    left_bytes: int
+    num_reading: int = 0
+    given_up: bool = False
+
+
 class Flow:
     """See the module.
 
     Args:
         plan: what to read.
-        source: where from; used by reader threads.
+        reading: how.
         stage: where to; `buffers` is used by reader threads.
         ring: where slots come from and go back to.
         clock: time and conditions.
@@ -52,7 +74,7 @@ class Flow:
     def __init__(
         self,
         plan: LoadPlan,
-        source: Source,
+        reading: Reading,
         stage: DeviceStage,
         ring: Ring,
         clock: Clock,
@@ -62,7 +84,7 @@ class Flow:
         self.bytes_read = 0
         self.bytes_placed = 0
         self._plan = plan
-        self._source = source
+        self._source, self._tuner, self._resident, self._widen = reading
         self._stage = stage
         self._ring = ring
         self._clock = clock
@@ -71,7 +93,9 @@ class Flow:
         self._condition = clock.condition()
         self._next = 0
         self._unplaced = len(plan.chunks)
-        self._reads: dict[int, Slot | None] = {}
+        self._fills: dict[int, _Fill] = {}
+        self._next_part_of: _Fill | None = None
+        self._num_reading = 0
         self._filled: deque[Filled] = deque()
         self._unused: list[Slot] = []
         self._copies: deque[tuple[Filled, Event]] = deque()
@@ -83,53 +107,123 @@ class Flow:
     # Reader threads.
 
     def take(self) -> Callable[[], None] | None:
-        """Grant the next chunk, if its turn has come; see `prefetch.readers.ReadQueue`."""
+        """Grant the next part of a chunk, if its turn has come; see `prefetch.readers.ReadQueue`."""
         with self._condition:
-            if self._error is not None or self._next == len(self._plan.chunks):
+            if self._error is not None or self._num_reading >= self._tuner.setting.workers:
                 return None
-            chunk = self._plan.chunks[self._next]
-            whole = self._source.direct
-            slot: Slot | None = None
-            if self._admit is not None and not self._admit(chunk):
+            fill = self._next_part_of or self._open_next()
+            if fill is None:
                 return None
-            if whole or chunk.transfer.slot_bytes:
-                slot = self._ring.acquire_nowait()
-                if slot is None:
-                    return None
-            self._next += 1
-            self._reads[chunk.index] = slot
+            begin, end = fill.position, self._end_of_part(fill)
+            fill.position = end
+            fill.num_reading += 1
+            self._next_part_of = fill if end < fill.chunk.source.end else None
+            self._num_reading += 1
             self._ledger.change(reading=1)
-        return lambda: self._read(chunk, slot, whole=whole)
+            number = self._tuner.begin() if fill.tuned else None
+        return lambda: self._read(fill, begin, end, number)
 
-    def _read(self, chunk: Chunk, slot: Slot | None, *, whole: bool) -> None:
+    def _open_next(self) -> _Fill | None:
+        if self._next == len(self._plan.chunks):
+            return None
+        chunk = self._plan.chunks[self._next]
+        if self._admit is not None and not self._admit(chunk):
+            return None
+        tuned = not self._resident[chunk.index]
+        direct = tuned and self._tuner.setting.direct and self._source.has_direct(chunk.source.shard)
+        slot: Slot | None = None
+        if direct or chunk.transfer.slot_bytes:
+            slot = self._ring.acquire_nowait()
+            if slot is None:
+                return None
+        self._next += 1
+        bounces = direct and not chunk.transfer.slot_bytes and self._stage.lands
+        fill = self._fills[chunk.index] = _Fill(
+            chunk, slot, direct, tuned, bounces, chunk.source.begin, chunk.num_bytes
+        )
+        return fill
+
+    def _end_of_part(self, fill: _Fill) -> int:
+        """Return where the next part ends: on a page, so that no two direct reads write to the same one."""
+        end = fill.chunk.source.end
+        if not fill.tuned:
+            return end
+        read_bytes = self._tuner.setting.read_bytes
+        cut = (fill.position + read_bytes) // PAGE_BYTES * PAGE_BYTES
+        return cut if end - cut >= read_bytes // 4 else end
+
+    def _read(self, fill: _Fill, begin: int, end: int, number: int | None) -> None:
         error: BaseException | None = None
-        shift: int | None = None
+        began_s = self._clock.now()
         try:
-            if whole:
-                assert slot is not None
-                shift = self._source.read_whole(chunk.source, slot.view)
-            else:
-                buffers = self._stage.buffers(chunk.transfer, None if slot is None else slot.view)
-                self._source.read(chunk.source, buffers)
+            self._fetch(fill, ByteRange(fill.chunk.source.shard, begin, end))
         except BaseException as exc:  # noqa: BLE001 (whatever it is, it ends the load and not the reader thread)
             error = exc
+        seconds = self._clock.now() - began_s
+        if error is None:
+            self._let_bounce_go(fill, end - begin)
         with self._condition:
-            if chunk.index not in self._reads:  # given up by `drain`: the slot is written off, nobody waits
+            if fill.given_up:  # by `drain`: the slot is written off, nobody waits
                 return
-            del self._reads[chunk.index]
-            useful = error is None and self._error is None
-            if error is not None:
-                self._error = self._error or error
-            if useful:
-                self.bytes_read += chunk.num_bytes
-                if slot is None:
-                    self._placed.append(chunk)
+            busy = self._num_reading >= self._tuner.setting.workers
+            self._num_reading -= 1
+            fill.num_reading -= 1
+            self._error = self._error or error
+            was_filled = len(self._filled)
+            if self._error is None:
+                self.bytes_read += end - begin
+                if fill.num_reading == fill.left_bytes == 0:
+                    self._hand_over(fill)
+            self._ledger.change(reading=-1, filled=len(self._filled) - was_filled)
+            if self._error is not None or not fill.num_reading:
+                self._condition.notify_all()
+            has_changed = False
+            if fill.tuned and self._error is None:
+                if fill.direct and not self._source.has_direct(fill.chunk.source.shard):
+                    self._tuner.refuse_direct()
                 else:
-                    self._filled.append(Filled(chunk, slot, shift))
-            self._ledger.change(reading=-1, filled=1 if useful and slot is not None else 0)
-            if slot is not None and not useful:
-                self._unused.append(slot)  # `drain` gives it back: who has waited for that finds every slot free
-            self._condition.notify_all()
+                    has_changed = self._tuner.end(number, end - begin, seconds, busy=busy)
+            workers = self._tuner.setting.workers
+        if has_changed:
+            self._widen(workers)
+
+    def _let_bounce_go(self, fill: _Fill, num_bytes: int) -> None:
+        """Note that a part is there; with the last one, give back a slot that was only read through.
+
+        Before the chunk is handed over: who has waited for the load finds every slot free. Without the lock, see above.
+        """
+        with self._condition:
+            fill.left_bytes -= num_bytes
+            slot = fill.slot if fill.bounces and not fill.left_bytes and not fill.given_up else None
+            if slot is not None:
+                fill.slot = None
+        if slot is not None:
+            self._ring.release(slot)
+
+    def _fetch(self, fill: _Fill, part: ByteRange) -> None:
+        whole = fill.chunk.source
+        offset = part.begin // PAGE_BYTES * PAGE_BYTES - whole.begin // PAGE_BYTES * PAGE_BYTES
+        if fill.direct:
+            assert fill.slot is not None
+            self._source.read_direct(part, fill.slot.view[offset:])
+            if not fill.bounces:
+                return
+        view = None if fill.slot is None else fill.slot.view
+        buffers = self._stage.buffers(fill.chunk.transfer, view, part.begin - whole.begin, part.end - whole.begin)
+        if fill.bounces:
+            assert view is not None
+            copy_out(view[offset + part.begin % PAGE_BYTES :], buffers)
+        else:
+            self._source.read(part, buffers)
+
+    def _hand_over(self, fill: _Fill) -> None:
+        """Pass a chunk on whose last part has been read."""
+        del self._fills[fill.chunk.index]
+        if fill.slot is None or fill.bounces:
+            self._placed.append(fill.chunk)
+        else:
+            shift = fill.chunk.source.begin % PAGE_BYTES if fill.direct else None
+            self._filled.append(Filled(fill.chunk, fill.slot, shift))
 
     # The load's own thread.
 
@@ -225,11 +319,17 @@ class Flow:
         """
         until = self._clock.now() + grace_s
         with self._condition:
-            while self._reads and (left := until - self._clock.now()) > 0:
+            while self._num_reading and (left := until - self._clock.now()) > 0:
                 self._condition.wait(left)
-            stuck = list(self._reads.values())
-            self._reads.clear()
-            self._ledger.change(reading=-len(stuck))
+            num_stuck = self._num_reading
+            stuck: list[Slot] = []
+            for fill in self._fills.values():  # a chunk of which no part is being read has its slot to give back
+                fill.given_up = fill.num_reading > 0
+                if fill.slot is not None:
+                    (stuck if fill.given_up else self._unused).append(fill.slot)
+            self._fills.clear()
+            self._num_reading = 0
+            self._ledger.change(reading=-num_stuck)
             while self._copies:
                 self._condition.wait()
             unused = [*self._unused, *(filled.slot for filled in self._filled)]
@@ -240,12 +340,11 @@ class Flow:
             self._condition.notify_all()
         for slot in unused:
             self._ring.release(slot)
-        for held in stuck:
-            if held is not None:
-                self._ring.write_off(held)
+        for slot in stuck:
+            self._ring.write_off(slot)
         if self._reclaimer is not None:
             self._reclaimer.join()
-        return len(stuck)
+        return num_stuck
 
     def _reclaim(self) -> None:
         """Wait for copies in the order in which they were submitted, on a thread of its own, and free their slots."""

@@ -23,8 +23,9 @@ import torch
 from weightstream.device.backend import Backend
 from weightstream.device.placement import Place
 from weightstream.device.stage import DeviceStage
-from weightstream.errors import LoadCancelledError, MemoryBudgetError, WeightstreamError
+from weightstream.errors import LoadCancelledError, MemoryBudgetError, ReadError, WeightstreamError
 from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
+from weightstream.prefetch.mapping import Prefault, map_shard
 from weightstream.prefetch.memory import Peak
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.flow import Filled, Flow
@@ -32,6 +33,7 @@ from weightstream.scheduler.interpreter import no_garbage_collection, quick_thre
 from weightstream.scheduler.ledger import Ledger
 from weightstream.scheduler.plan import Chunk, LoadPlan
 from weightstream.scheduler.readiness import Readiness
+from weightstream.scheduler.reading import Reading, look_at_cache, make_tuner
 from weightstream.scheduler.report import LoadReport, Progress, State
 from weightstream.scheduler.sinks import Prepared, Sink
 
@@ -42,6 +44,13 @@ logger = logging.getLogger(__name__)
 #: How long a load that was stopped waits for a read in hand before it gives the read up. Not measured: an ordinary
 #: read of one chunk takes milliseconds, and Ctrl-C should end a program within a second.
 _GRACE_S = 0.5
+
+#: So many tensors of mapped files are bound at a time: some 10 ms of work.
+_AT_ONCE = 4096
+
+_RESIDENCY_UNKNOWN = (
+    "what is in the page cache is unknown, because the files belong to somebody else: found out by measuring"
+)
 
 
 class Job:
@@ -83,6 +92,7 @@ class Job:
         self._begin = engine.clock.now()
         self._state: State = "preflight"
         self._flow: Flow | None = None
+        self._prefault: Prefault | None = None
         self._last_counts = (0, 0)
         self._total_bytes = 0
         self._fallbacks: list[str] = []
@@ -135,6 +145,8 @@ class Job:
         except BaseException as exc:  # noqa: BLE001 (whatever it is belongs to those who wait for the load)
             error = exc
         if error is not None:
+            if self._prefault is not None:
+                self._prefault.stop()
             # Its frames refer to the model, and whoever keeps the error keeps them. Not later than here: once others
             # can raise it, it collects frames of theirs, and to clear a coroutine's is to end it.
             traceback.clear_frames(error.__traceback__)
@@ -171,22 +183,45 @@ class Job:
             stack.callback(source.close)
             with no_garbage_collection():
                 prepared = sink.prepare(checkpoint)
-                self.readiness.expect(prepared.placement.names, prepared.placement.module_names)
+                self.readiness.expect(prepared.placement.names, prepared.placement.prefixes)
             stack.callback(prepared.placement.release)
             if prepared.backend.lands:
                 stack.enter_context(engine.borrow(prepared.placement.staged_bytes))
             plan, backend = prepared.plan, prepared.backend
             self._total_bytes = plan.num_bytes
-            if engine.prepare_memory(
-                plan, backend, direct=source.direct, delivers=sink.delivers, on_fallback=self.fall_back
-            ):
+            config = sink.prefetch_config
+            found = look_at_cache(plan, source, config)
+            if found.unknown:
+                self.fall_back(_RESIDENCY_UNKNOWN)
+            has_slots = engine.prepare_memory(
+                plan,
+                backend,
+                io=config.io,
+                num_cold=found.num_cold,
+                delivers=sink.delivers,
+                on_fallback=self.fall_back,
+            )
+            if has_slots:
                 stack.callback(engine.leave_ring)
+            tuner = make_tuner(
+                plan,
+                source,
+                found,
+                config,
+                workers=engine.num_workers,
+                adaptive=engine.config.scheduler.adaptive,
+                has_slots=has_slots,
+            )
             blocks = _BlockAccount(engine, backend, delivered=sink.delivers)
             stack.callback(blocks.close)
             stream = self._streams.get(backend.device)
-            stage = DeviceStage(backend, plan.layout, stream=stream, on_block=blocks.change)
+            mappings = self._map(checkpoint, plan)
+            given = [torch.frombuffer(memory, dtype=torch.uint8) for memory in mappings]
+            stage = DeviceStage(backend, plan.layout, stream=stream, on_block=blocks.change, given=given)
+            del given
             stack.callback(stage.close)
-            flow = self._flow = Flow(plan, source, stage, engine.ring, engine.clock, self._ledger, sink.admit)
+            reading = Reading(source, tuner, found.resident, engine.readers.widen)
+            flow = self._flow = Flow(plan, reading, stage, engine.ring, engine.clock, self._ledger, sink.admit)
             self._check_stop()  # asked before there was a flow to stop
             sink.open(prepared, stage)
             self.started.set_result(None)
@@ -200,19 +235,25 @@ class Job:
                 self._undo(sink, error)
                 raise
             self._ledger.enter("other")
-            return self._report(checkpoint, prepared, stage, blocks, peak)
+            decisions = [found.describe(), *tuner.decisions, f"read in the end: {tuner.setting}"] if plan.chunks else []
+            if prepared.strategy == "map":
+                count = f"{len(plan.given)} of {len(plan.layout.places)} tensors"
+                decisions.append(f"map: {count} are views of the files; the others were read")
+            return self._report(checkpoint, prepared, stage, blocks, peak, decisions)
 
     def _pump(self, sink: Sink, stage: DeviceStage, flow: Flow, plan: LoadPlan) -> None:
         """Submit what is filled and place what is copied, until everything is placed; leave nothing at work."""
         timeout_s = self._engine.config.scheduler.timeout_s
         deadline = None if timeout_s is None else self._begin + timeout_s
         # Places without bytes are taken below, and not once more with the chunk around them.
-        parts = {**plan.parts, **dict.fromkeys(plan.empty, 0)}
+        parts = {**plan.parts, **dict.fromkeys(plan.empty, -1)}
         self._state = "loading"
         readers = self._engine.readers
         try:
             stage.open()
+            self._ledger.enter("bind")
             self.readiness.mark(sink.take(list(plan.empty)))
+            self._bind_given(sink, flow, plan)
             flow.start()
             readers.attach(flow)
             while (step := flow.next(deadline, timeout_s)) is not None:
@@ -231,6 +272,35 @@ class Job:
             if stuck:
                 readers.replace_stuck(stuck)
                 self.fall_back(f"{stuck} reads did not return and were given up; their slots are lost to this Loader")
+
+    def _map(self, checkpoint: Checkpoint, plan: LoadPlan) -> list[memoryview]:
+        """Map the shards, if the plan says so, and have them brought in while tensors are bound, and after that.
+
+        A load that fails ends that.
+        """
+        if not plan.layout.num_given:
+            return []
+        try:
+            mappings = [map_shard(shard) for shard in checkpoint.shards]
+        except OSError as exc:
+            raise ReadError(
+                f"the file system cannot map files: {exc.strerror}", file=checkpoint.path, hint="Set strategy to stream"
+            ) from exc
+        prefault = self._prefault = Prefault(mappings, plan.given_ranges)
+        self._engine.prefault(prefault)
+        return mappings
+
+    def _bind_given(self, sink: Sink, flow: Flow, plan: LoadPlan) -> None:
+        """Place what is where it belongs already, in parts, so that others get their turn and a stop is seen."""
+        sizes = plan.layout.places
+        for first in range(0, len(plan.given), _AT_ONCE):
+            self._check_stop()
+            part = list(plan.given[first : first + _AT_ONCE])
+            with no_garbage_collection():
+                self.readiness.mark(sink.take(part))
+            num_bytes = sum(sizes[place].num_bytes for place in part)
+            flow.bytes_read += num_bytes
+            flow.bytes_placed += num_bytes
 
     def _undo(self, sink: Sink, error: BaseException) -> None:
         written = sink.rollback()
@@ -251,9 +321,15 @@ class Job:
         self._num_retries += 1
 
     def _report(
-        self, checkpoint: Checkpoint, prepared: Prepared, stage: DeviceStage, blocks: _BlockAccount, peak: Peak
+        self,
+        checkpoint: Checkpoint,
+        prepared: Prepared,
+        stage: DeviceStage,
+        blocks: _BlockAccount,
+        peak: Peak,
+        decisions: list[str],
     ) -> LoadReport:
-        placement, backend, plan = prepared
+        placement, backend, plan, strategy = prepared
         wall_s = self._ledger.wall_s
         pinned_bytes = self._engine.ring.statistics().pinned_bytes if backend.pinnable else 0
         own, computed = placement.loaded_themselves, placement.computed
@@ -263,7 +339,7 @@ class Job:
             self._fallbacks.append(f"left out, because the model computes it itself: {_some(computed)}")
         return LoadReport(
             checkpoint=str(checkpoint.path),
-            strategy="stream",
+            strategy=strategy,
             reason=self._reason,
             device="page-cache" if backend.device.type == "meta" else str(backend.device),
             dtype=_dtypes(placement.places),
@@ -279,6 +355,7 @@ class Job:
             device_peak_bytes=blocks.device_peak_bytes,
             num_copies=stage.num_copies,
             num_retries=self._num_retries,
+            decisions=tuple(decisions),
             fallbacks=tuple(self._fallbacks),
             missing_keys=tuple(placement.missing_keys),
             unexpected_keys=tuple(placement.unexpected_keys),
@@ -325,18 +402,18 @@ class _BlockAccount:
 
 
 def _completed(chunks: list[Chunk], parts: dict[int, int]) -> list[int]:
-    """Return the places whose last bytes came with these chunks, counting down those that are in several."""
+    """Return the places whose last bytes came with these chunks.
+
+    `parts` counts down for places that lie in several chunks, which only the first and the last of a chunk can; a
+    place without bytes has -1 there, and is never returned.
+    """
     done: list[int] = []
     for chunk in chunks:
-        transfer = chunk.transfer
-        for place in range(transfer.first, transfer.stop):
-            left = parts.get(place)
-            if left is None:
-                done.append(place)
-                continue
-            parts[place] = left - 1
-            if left == 1:
-                done.append(place)
+        first, stop = chunk.transfer.first, chunk.transfer.stop
+        for edge in {first, stop - 1}:
+            if edge in parts:
+                parts[edge] -= 1
+        done += [place for place in range(first, stop) if not parts.get(place)] if parts else range(first, stop)
     return done
 
 

@@ -41,6 +41,7 @@ Path = str | os.PathLike[str]
 _REASONS = {
     "auto": "auto: bounded host memory, read while what has been read is placed, which every device can take",
     "stream": "asked for",
+    "map": "asked for",
 }
 
 

@@ -6,11 +6,11 @@ tensor (one without a block of its own) is never cut, unless it is larger than a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from weightstream.device.layout import ALIGNMENT_BYTES, Layout, Transfer, padded
+from weightstream.device.layout import ALIGNMENT_BYTES, Given, Layout, Transfer, padded
 from weightstream.device.placement import Place
 from weightstream.prefetch.header import TensorSpec
 from weightstream.prefetch.source import ByteRange
@@ -41,10 +41,12 @@ class LoadPlan:
     Attributes:
         chunks: `chunks[i].index == i`.
         layout: the blocks that the chunks fill.
-        num_bytes: bytes to read.
+        num_bytes: bytes of all tensors.
         num_extents: contiguous byte ranges that the chunks were cut from.
         parts: place -> number of chunks, for places that are in more than one.
         empty: places without bytes.
+        given: places whose bytes are where they belong: they are read by nobody.
+        given_ranges: where these lie in the shards, in the order in which they should be brought in.
     """
 
     chunks: tuple[Chunk, ...]
@@ -53,9 +55,11 @@ class LoadPlan:
     num_extents: int
     parts: dict[int, int]
     empty: tuple[int, ...]
+    given: tuple[int, ...] = ()
+    given_ranges: tuple[ByteRange, ...] = ()
 
 
-def make_plan(
+def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)
     specs: list[TensorSpec],
     places: list[Place],
     *,
@@ -65,6 +69,7 @@ def make_plan(
     block_bytes: int,
     order: Literal["model", "file"],
     isolate_large: bool = False,
+    mapped: Sequence[int] | None = None,
 ) -> LoadPlan:
     """Cut the wanted tensors into chunks and lay them out.
 
@@ -78,9 +83,15 @@ def make_plan(
         order: of the chunks; by `Place.position` of the earliest tensor in each, or as they lie in the files.
         isolate_large: never put a large tensor and another into one chunk, nor tensors on either side of it into one
             block (a consumer that takes tensors one by one could otherwise wait for a chunk that waits for it).
+        mapped: the sizes of the shards, if they are mapped and tensors may stay in them.
     """
     layout = Layout(
-        places, lands=lands, own_bytes=own_bytes, block_bytes=block_bytes, share_across_large=not isolate_large
+        places,
+        lands=lands,
+        own_bytes=own_bytes,
+        block_bytes=block_bytes,
+        share_across_large=not isolate_large,
+        given=None if mapped is None else Given(list(mapped), [(spec.shard, spec.begin) for spec in specs]),
     )
     cutter = _Cutter(specs, layout, chunk_bytes, isolate_large=isolate_large)
     cuts = list(cutter.cut())
@@ -101,11 +112,33 @@ def make_plan(
     return LoadPlan(
         chunks,
         layout,
-        sum(chunk.num_bytes for chunk in chunks),
+        sum(spec.end - spec.begin for spec in specs),
         cutter.num_extents,
         {place: count for place, count in parts.items() if count > 1},
         tuple(i for i, spec in enumerate(specs) if spec.begin == spec.end),
+        *_given(specs, places, layout, chunk_bytes, order),
     )
+
+
+def _given(
+    specs: list[TensorSpec], places: list[Place], layout: Layout, chunk_bytes: int, order: Literal["model", "file"]
+) -> tuple[tuple[int, ...], tuple[ByteRange, ...]]:
+    """Return the places that lie in mapped files, and their ranges, of about a chunk's size each."""
+    if not layout.num_given:
+        return (), ()
+    given = tuple(filter(layout.is_given, range(len(places))))
+    ranges: list[tuple[int, ByteRange]] = []
+    for place in given:
+        spec, position = specs[place], places[place].position
+        if ranges:
+            earliest, last = ranges[-1]
+            if last.shard == spec.shard and last.end == spec.begin and spec.end - last.begin <= chunk_bytes:
+                ranges[-1] = min(earliest, position), ByteRange(spec.shard, last.begin, spec.end)
+                continue
+        ranges.append((position, ByteRange(spec.shard, spec.begin, spec.end)))
+    if order == "model":
+        ranges.sort(key=lambda found: found[0])
+    return given, tuple(wanted for _, wanted in ranges)
 
 
 @dataclass(slots=True)
@@ -128,32 +161,39 @@ class _Cutter:
         self._isolate_large = isolate_large
         self.num_extents = 0
 
-    def cut(self) -> Iterator[_Cut]:
+    def cut(self) -> Iterator[_Cut]:  # noqa: C901 (one loop over all tensors, without calls)
+        own_bytes, chunk_bytes = self._layout.own_bytes, self._chunk_bytes
+        has_given = self._layout.num_given > 0
         current: _Cut | None = None
         used = 0
         shard = position = -1
         for index, spec in enumerate(self._specs):
-            size = spec.end - spec.begin
-            if size == 0:
+            begin, end = spec.begin, spec.end
+            size = end - begin
+            if size == 0 or (has_given and self._layout.is_given(index)):
                 continue
-            small = size < self._layout.own_bytes
-            contiguous = spec.shard == shard and spec.begin == position
-            if not contiguous:
+            small = size < own_bytes
+            if begin != position or spec.shard != shard:
                 self.num_extents += 1
-            shard, position = spec.shard, spec.end
-            if current is not None and (
-                not contiguous
-                or (small and used + padded(size) > self._chunk_bytes)
-                or (not small and (self._isolate_large or self._chunk_bytes - used < min(size, _MIN_CUT_BYTES)))
-            ):
-                yield current
-                current = None
+                shard = spec.shard
+                if current is not None:
+                    yield current
+                    current = None
+            position = end
+            if current is not None:
+                if small and used + padded(size) <= chunk_bytes:  # most tensors of most checkpoints
+                    used += padded(size)
+                    current.end, current.stop = end, index + 1
+                    continue
+                if small or self._isolate_large or chunk_bytes - used < min(size, _MIN_CUT_BYTES):
+                    yield current
+                    current = None
             done = 0
             while done < size:
                 if current is None:
-                    current = _Cut(spec.shard, spec.begin + done, spec.begin + done, index, index, done)
+                    current = _Cut(shard, begin + done, begin + done, index, index, done)
                     used = 0
-                count = min(size - done, self._chunk_bytes - used)
+                count = min(size - done, chunk_bytes - used)
                 if count < size - done:
                     count -= count % ALIGNMENT_BYTES
                 done += count

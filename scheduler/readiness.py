@@ -15,7 +15,7 @@ class Readiness:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._names: Sequence[str] = ()
-        self._modules: Sequence[str] = ()
+        self._prefixes: Sequence[str] = ()
         self._pending: set[str] = set()
         self._num_names = 0
         self._missing: dict[Future[None], int] = {}
@@ -31,14 +31,14 @@ class Readiness:
     def num_names(self) -> int:
         return self._num_names
 
-    def expect(self, names: Sequence[str], modules: Sequence[str]) -> None:
-        """Set, once, the names of the tensors that will become ready, and of all modules of the model.
+    def expect(self, names: Sequence[str], prefixes: Sequence[str]) -> None:
+        """Set, once, the names of the tensors that will become ready, and the prefixes ("layers.0.") of all modules.
 
         They are kept as they are: an order or an index that few will ask for would take longer than the asking.
         """
         with self._lock:
             self._pending = set(names)
-            self._names, self._modules = names, modules
+            self._names, self._prefixes = names, prefixes
             self._num_names = len(names)
 
     def mark(self, names: Iterable[str]) -> None:
@@ -81,7 +81,7 @@ class Readiness:
         future.set_running_or_notify_cancel()  # so that a waiter that is cancelled cannot cancel it for the others
         with self._lock:
             below = self._below(name)
-            if not below and name not in self._modules:
+            if not below and (f"{name}." if name else "") not in self._prefixes:
                 raise ValueError(f"the model has no module and the load no tensor named {name!r}")
             if self._error is not None:
                 future.set_exception(self._error)

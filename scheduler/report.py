@@ -46,6 +46,7 @@ class LoadReport:
         device_peak_bytes: the most device memory that this load had allocated at once for blocks; 0 on the CPU.
         num_copies: copies from slots to blocks or parameters.
         num_retries: reads that were repeated after an error that passed.
+        decisions: how it was read and on which measurements that was decided, one sentence each.
         fallbacks: every downgrade and special way, one sentence each.
         missing_keys, unexpected_keys: as torch names them; empty where `device.strict` holds.
         verified: what the bytes were compared with; "none" if nothing.
@@ -68,6 +69,7 @@ class LoadReport:
     device_peak_bytes: int
     num_copies: int
     num_retries: int
+    decisions: tuple[str, ...]
     fallbacks: tuple[str, ...]
     missing_keys: tuple[str, ...]
     unexpected_keys: tuple[str, ...]

@@ -16,7 +16,7 @@ from weightstream.device.binding import Binder
 from weightstream.device.layout import IN_SLOT
 from weightstream.device.placement import Placement, deliver, match
 from weightstream.device.stage import DeviceStage
-from weightstream.errors import MemoryBudgetError, WeightstreamError
+from weightstream.errors import MemoryBudgetError, PlacementError, WeightstreamError
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.header import TensorSpec
@@ -32,11 +32,12 @@ _BLOCK_BYTES = 64 * 2**20
 
 
 class Prepared(NamedTuple):
-    """A load that has been decided on."""
+    """A load that has been decided on. `strategy`: `stream` or `map`."""
 
     placement: Placement
     backend: Backend
     plan: LoadPlan
+    strategy: str
 
 
 class Sink(Protocol):
@@ -115,8 +116,9 @@ class ModelSink:
             own_bytes=_OWN_BYTES,
             block_bytes=_BLOCK_BYTES,
             order=config.scheduler.order,
+            mapped=_mapped(self._engine, checkpoint, backend),
         )
-        return Prepared(placement, backend, plan)
+        return Prepared(placement, backend, plan, "map" if config.strategy == "map" else "stream")
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
         self._binder = Binder(prepared.placement, stage, strict=self._engine.config.device.strict)
@@ -156,7 +158,7 @@ class NowhereSink:
         return self._engine.config.prefetch.model_copy(update={"io": "buffered"})
 
     def prepare(self, checkpoint: Checkpoint) -> Prepared:
-        return _prepare_delivery(self._engine, checkpoint, torch.device("meta"))
+        return _prepare_delivery(self._engine, checkpoint, torch.device("meta"), maps=False)
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
         """Nothing to get ready."""
@@ -211,7 +213,8 @@ class ConsumerSink:
         return self._engine.config.prefetch
 
     def prepare(self, checkpoint: Checkpoint) -> Prepared:
-        return _prepare_delivery(self._engine, checkpoint, self._engine.default_device())
+        maps = self._engine.config.strategy == "map"
+        return _prepare_delivery(self._engine, checkpoint, self._engine.default_device(), maps=maps)
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
         """Take the window.
@@ -220,7 +223,8 @@ class ConsumerSink:
             MemoryBudgetError: a block is larger than what the budget has left.
         """
         budget = self._engine.budget
-        blocks = prepared.plan.layout.blocks
+        layout = prepared.plan.layout
+        blocks = layout.blocks[layout.num_given :]
         largest, total = max(blocks, default=0), sum(blocks)
         self._prepared, self._stage = prepared, stage
         self._window_bytes = budget.limit_bytes
@@ -335,7 +339,7 @@ class ConsumerSink:
 
     def _let_go(self, block: int) -> bool:
         """Count a tensor as delivered; return whether it was the last of its block. The lock is held."""
-        if block == IN_SLOT:
+        if block not in self._outstanding:  # without bytes, or in a mapped file
             return False
         assert self._prepared is not None
         self._outstanding[block] -= 1
@@ -346,7 +350,25 @@ class ConsumerSink:
         return True
 
 
-def _prepare_delivery(engine: Engine, checkpoint: Checkpoint, device: torch.device) -> Prepared:
+def _mapped(engine: Engine, checkpoint: Checkpoint, backend: Backend) -> list[int] | None:
+    """Return the sizes of the shards if the strategy is to map them.
+
+    Raises:
+        PlacementError: tensors in a mapped file can be in host memory alone.
+    """
+    if engine.config.strategy != "map":
+        return None
+    if not backend.lands:
+        raise PlacementError(
+            "strategy: map leaves tensors in the mapped file, so they can only be on the CPU",
+            expected="device.target: cpu, and parameters on meta",
+            actual=str(backend.device),
+            hint="Set strategy to stream",
+        )
+    return [shard.num_bytes for shard in checkpoint.shards]
+
+
+def _prepare_delivery(engine: Engine, checkpoint: Checkpoint, device: torch.device, *, maps: bool) -> Prepared:
     """Plan a load without a model: blocks no larger than a chunk, large tensors in chunks of their own."""
     config = engine.config
     specs = sorted(checkpoint.tensors.values(), key=_file_order)
@@ -361,8 +383,9 @@ def _prepare_delivery(engine: Engine, checkpoint: Checkpoint, device: torch.devi
         block_bytes=config.prefetch.chunk,
         order="file",
         isolate_large=True,
+        mapped=_mapped(engine, checkpoint, backend) if maps else None,
     )
-    return Prepared(placement, backend, plan)
+    return Prepared(placement, backend, plan, "map" if maps else "stream")
 
 
 def _file_order(spec: TensorSpec) -> tuple[int, int]:

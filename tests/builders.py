@@ -176,21 +176,21 @@ def unreadable(path: Path) -> Generator[None, None, None]:
     mode = path.stat().st_mode
     path.chmod(0)
     try:
-        with _obeying_modes():
+        with obeying_modes():
             yield
     finally:
         path.chmod(mode)
 
 
 @contextmanager
-def _obeying_modes() -> Generator[None, None, None]:
-    """Take from the calling thread, if it is root's, the capabilities that make modes meaningless (see capset(2))."""
+def obeying_modes() -> Generator[None, None, None]:
+    """Take from the calling thread, if it is root's, the capabilities that make modes and owners meaningless (capset(2))."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, the calling thread
     sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, twice
     assert libc.capget(header, sets) == 0
     effective = sets[0]
-    sets[0] = effective & ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    sets[0] = effective & ~0b1110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
     assert libc.capset(header, sets) == 0
     try:
         yield

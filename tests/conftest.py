@@ -6,6 +6,12 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
+
+#: The same examples in every run; `make soak` chooses others, by a seed that it prints, and 25 times as many.
+settings.register_profile("test", deadline=None, derandomize=True)
+settings.register_profile("soak", deadline=None, max_examples=2500, print_blob=True)
+settings.load_profile("test")
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-#: The keys of the report's JSON, in their order.
+#: The keys of the report's JSON, in their order. New ones may be added; none may go.
 REPORT_KEYS = [
     "checkpoint",
     "strategy",
@@ -21,6 +21,7 @@ REPORT_KEYS = [
     "device_peak_bytes",
     "num_copies",
     "num_retries",
+    "decisions",
     "fallbacks",
     "missing_keys",
     "unexpected_keys",

@@ -14,7 +14,7 @@ import torch
 
 import weightstream.ceilings
 from tests.builders import leaves_nothing
-from weightstream.ceilings import CopyCeiling, ReadCeiling, copy_ceiling, read_ceiling
+from weightstream.ceilings import CopyCeiling, ReadCeiling, copy_ceiling, copy_round, read_ceiling
 from weightstream.prefetch.memory import PAGE_BYTES, allocate
 
 Preadv = Callable[[int, Sequence[memoryview], int], int]
@@ -162,6 +162,18 @@ def test_copy_needs_an_accelerator(device: str) -> None:
 def test_copy_needs_something_to_copy(num_bytes: int, chunk_bytes: int) -> None:
     with pytest.raises(ValueError, match="sizes must be at least 1 byte"):
         copy_ceiling(torch.device("cuda:0"), num_bytes=num_bytes, chunk_bytes=chunk_bytes)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "expected"),
+    [(1, [1, 0, 0, 0, 0, 0]), (4, [1, 2, 3, 4, 0, 0]), (6, [1, 2, 3, 4, 5, 6]), (100, [1, 2, 3, 4, 5, 6])],
+    ids=["byte", "row-and-byte", "all", "round-and-round"],
+)
+def test_copies_go_row_by_row(num_bytes: int, expected: list[int]) -> None:
+    source = torch.arange(1, 7, dtype=torch.uint8).view(2, 3)
+    destination = torch.zeros_like(source)
+    copy_round(source, destination, num_bytes)
+    assert destination.flatten().tolist() == expected
 
 
 @pytest.mark.gpu

@@ -130,7 +130,7 @@ def test_precedence_holds_field_by_field_inside_sections(
     monkeypatch.setenv("WEIGHTSTREAM_PREFETCH__RETRIES", "5")
     monkeypatch.setenv("WEIGHTSTREAM_PREFETCH__WORKERS", "5")
     prefetch = LoaderConfig.from_yaml(path, prefetch=keyword).prefetch
-    assert (prefetch.retries, prefetch.workers, prefetch.chunk, prefetch.io) == (1, 5, 7 * MIB, "buffered")
+    assert (prefetch.retries, prefetch.workers, prefetch.chunk, prefetch.io) == (1, 5, 7 * MIB, "auto")
     explicit = isinstance(keyword, PrefetchConfig) and "host_memory" in keyword.model_fields_set
     assert prefetch.host_memory == (1 if explicit else 7) * 2**30
 
@@ -204,6 +204,8 @@ def test_checkpoint_in_a_package_is_found_without_importing_it(
         pytest.param("pkg://package_with_weights/none", "is installed, but there is no .*/none", id="folder"),
         pytest.param("pkg://package_with_weights/../x", "top-level package", id="way out"),
         pytest.param("pkg://package_with_weights//etc", "top-level package", id="absolute"),
+        pytest.param("pkg://package_with_weights/" + "x" * 300, "is installed, but there is no", id="long"),
+        pytest.param("pkg://package_with_weights/\u200b", "cannot be printed", id="not printable"),
         pytest.param("", "checkpoint is empty", id="empty"),
     ],
 )
@@ -233,6 +235,18 @@ def test_checkpoint_that_leads_nowhere_is_refused(package: Path, write: Write, u
         pytest.param("1: auto", "at its top level", id="number as a key"),
         pytest.param("prefetch: auto", "prefetch", id="value for a section"),
         pytest.param("prefetch: {chunk: 16MiBs}", r"prefetch\.chunk", id="wrong unit"),
+        pytest.param("a: " + "[" * 5000, "more than 10 levels", id="deep"),
+        pytest.param("{a: " * 5000, "more than 10 levels", id="deep mappings"),
+        pytest.param("prefetch: &a {chunk: *a}", "this contains itself", id="contains itself"),
+        pytest.param(f"a: [{'x,' * 1000}]", "more than 1000 keys and values", id="many values"),
+        pytest.param("checkpoint: " + "x" * 2**16, "longer than 65536 bytes", id="long"),
+        pytest.param('model: !!int ""', "cannot be parsed: IndexError", id="tag that does not fit"),
+        pytest.param("model: !!bool x", "cannot be parsed: KeyError", id="tag with a word that it does not know"),
+        pytest.param("model: !!timestamp x", "cannot be parsed: AttributeError", id="tag with no time"),
+        pytest.param("model: !!python/name:os.system", "could not determine a constructor", id="tag that names code"),
+        pytest.param('checkpoint: "\\ud800"', "surrogate", id="half a surrogate pair"),
+        pytest.param("prefetch: {chunk: .inf}", r"prefetch\.chunk", id="infinite"),
+        pytest.param(f"prefetch: {{retries: {'9' * 5000}}}", "cannot be parsed", id="5,000 digits"),
         pytest.param("model: nonsense", "should match pattern", id="model without a colon"),
         pytest.param("model: 'transformers:'", "should match pattern", id="model without a callable"),
     ],
@@ -244,9 +258,23 @@ def test_bad_file_is_refused_by_name(write: Write, text: str, message: str) -> N
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("item", ["[{}]", "{{<<: [{}]}}"], ids=["lists", "merge keys"])
+def test_aliases_of_aliases_are_counted_as_what_they_stand_for(write: Write, item: str) -> None:
+    """Else twenty such lines, which stand for a number of 20 digits of values, fill any memory."""
+    lines = ["a0: &a0 {x: 1}"]
+    lines += [f"a{i}: &a{i} " + item.format(",".join([f"*a{i - 1}"] * 9)) for i in range(1, 20)]
+    with pytest.raises(ValidationError, match="more than 1000 keys and values"):
+        LoaderConfig.from_yaml(write("\n".join(lines)))
+
+
 def test_missing_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=r"cannot read .*none\.yaml: No such file"):
         LoaderConfig.from_yaml(tmp_path / "none.yaml")
+
+
+def test_file_whose_name_cannot_be_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"cannot read .*null"):
+        LoaderConfig.from_yaml("a\0.yaml")
 
 
 def test_folder_in_place_of_a_file_is_refused_by_name(tmp_path: Path) -> None:
@@ -282,6 +310,12 @@ def test_variable_that_names_no_field_is_refused(
     with pytest.raises(ValidationError, match=hint) as caught:
         LoaderConfig.from_yaml(write("")) if with_file else LoaderConfig()
     assert name.upper() in str(caught.value)
+
+
+def test_variable_whose_name_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "WEIGHTSTREAM_\udcff", "1")
+    with pytest.raises(ValidationError, match="names no field"):
+        LoaderConfig()
 
 
 def test_bad_value_in_a_variable_is_refused_by_name(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,3 +377,9 @@ def test_schema_describes_every_key() -> None:
         for name, field in owner["properties"].items():
             described = field if "$ref" not in field else sections[field["$ref"].removeprefix("#/$defs/")]
             assert described.get("description"), name
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan"), 1e12])
+def test_timeout_that_no_clock_could_keep_is_refused(seconds: float) -> None:
+    with pytest.raises(ValidationError, match="timeout_s"):
+        LoaderConfig(scheduler={"timeout_s": seconds})  # type: ignore[arg-type]  # pydantic makes it

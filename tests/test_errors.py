@@ -66,6 +66,13 @@ def test_message_is_composed_of_the_parts(error: WeightstreamError, message: str
     assert str(error) == message
 
 
+def test_message_does_not_obey_names_and_is_short() -> None:
+    error = WeightstreamError("it\nfailed\x1b[2J", file="a\nb", tensor="\x1b]0;x\x07\u202eä\ud800", actual="x" * 10**6)
+    assert str(error).startswith("\\x1b]0;x\\x07\\u202eä\\ud800 in a\\nb: it\nfailed\\x1b[2J: found xxx")
+    assert len(str(error)) < 1100
+    assert error.tensor == "\x1b]0;x\x07\u202eä\ud800"
+
+
 @pytest.mark.parametrize(
     ("names", "ending"),
     [

@@ -21,7 +21,7 @@ from rich.console import Console
 from weightstream import pagecache
 from weightstream.config import LoaderConfig
 from weightstream.display import Display, format_bytes
-from weightstream.errors import MemoryBudgetError, PlacementError
+from weightstream.errors import MemoryBudgetError
 from weightstream.prefetch.checkpoint import open_checkpoint
 from weightstream.prefetch.memory import PAGE_BYTES, allocate, available_bytes, usable_cores
 from weightstream.summary import print_facts, print_title
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from weightstream.prefetch.header import TensorSpec
 
-__all__ = ["Subject", "bench", "model_for", "print_plan", "touch"]
+__all__ = ["Subject", "bench", "print_plan", "touch"]
 
 #: Raw reads use up to this many threads; the loader's own choice ends there too.
 _MOST_THREADS = 8
@@ -296,48 +296,13 @@ def _prepare_load(subject: Subject) -> nn.Module:
     """Return a new model, and leave nothing of the last one: not to the collector, nor in torch's cache of memory."""
     import torch  # noqa: PLC0415
 
+    from weightstream.building import model_for  # noqa: PLC0415
+
     if subject.device.type != "cpu":
         torch.get_device_module(subject.device).empty_cache()
     model = model_for(subject.specs)
     gc.collect()
     return model
-
-
-def model_for(specs: tuple[TensorSpec, ...]) -> nn.Module:
-    """Return a model on meta that has exactly these tensors, as parameters of modules with the names' parts.
-
-    Raises:
-        PlacementError: one module would need a tensor and a module, or something of its own, under the same name.
-        UnsupportedFormatError: this version of torch lacks one of the dtypes.
-    """
-    import torch  # noqa: PLC0415
-    from torch import nn  # noqa: PLC0415
-
-    from weightstream.device.dtypes import torch_dtype, torch_shape, unsupported  # noqa: PLC0415
-
-    root = nn.Module()
-    modules: dict[str, nn.Module] = {"": root}
-
-    def module_at(path: str) -> nn.Module:
-        if path not in modules:
-            parent, _, name = path.rpartition(".")
-            modules[path] = nn.Module()
-            module_at(parent).add_module(name, modules[path])
-        return modules[path]
-
-    for spec in specs:
-        dtype = torch_dtype(spec.dtype)
-        if dtype is None:
-            raise unsupported(spec.dtype, spec.name)
-        tensor = torch.empty(torch_shape(spec.dtype, spec.shape), dtype=dtype, device="meta")
-        parent, _, name = spec.name.rpartition(".")
-        try:
-            module_at(parent).register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        except KeyError as error:
-            raise PlacementError(
-                f"no torch module can have a tensor of this name beside the others ({error.args[0]})", tensor=spec.name
-            ) from error
-    return root
 
 
 class _Gauge:

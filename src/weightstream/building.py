@@ -1,4 +1,4 @@
-"""How the command line gets a model: from an import path, or through transformers."""
+"""How the command line gets a model: from an import path, through transformers, or from a checkpoint's tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,9 +14,11 @@ from torch import nn
 
 from weightstream.complaints import ConfigurationError
 from weightstream.device.accelerator import find_device
+from weightstream.device.dtypes import torch_dtype, torch_shape, unsupported
 from weightstream.errors import PlacementError, WeightstreamError
+from weightstream.prefetch.header import TensorSpec
 
-__all__ = ["BuildError", "build_model", "target_device"]
+__all__ = ["BuildError", "build_model", "model_for", "target_device"]
 
 
 class BuildError(WeightstreamError):
@@ -39,7 +42,8 @@ def build_model(spec: str, checkpoint: Path, device: torch.device) -> nn.Module:
 
     Args:
         spec: `package.module:callable`, or `transformers`.
-        checkpoint: what will be loaded; for `transformers`, its folder has the config.json.
+        checkpoint: what will be loaded; for `transformers`, its folder has the config.json. No module is found in that
+            folder: whoever made the weights must not choose code.
         device: for `transformers`, where the buffers go that are in no checkpoint.
 
     Raises:
@@ -48,6 +52,7 @@ def build_model(spec: str, checkpoint: Path, device: torch.device) -> nn.Module:
         WeightstreamError: from `weightstream.integrations.transformers.build_on_meta`.
     """
     if spec == "transformers":
+        _leave_out(checkpoint)
         try:
             bridge = importlib.import_module("weightstream.integrations.transformers")
         except ModuleNotFoundError as error:
@@ -59,7 +64,7 @@ def build_model(spec: str, checkpoint: Path, device: torch.device) -> nn.Module:
         model = bridge.build_on_meta(checkpoint, device=device)
         assert isinstance(model, nn.Module)
         return model
-    builder = _find(spec)
+    builder = _find(spec, checkpoint)
     if not callable(builder):
         raise ConfigurationError(f"model: {spec} is not callable, but of type {type(builder).__qualname__}")
     try:
@@ -77,16 +82,58 @@ def build_model(spec: str, checkpoint: Path, device: torch.device) -> nn.Module:
     return model
 
 
-def _find(spec: str) -> object:
+def model_for(specs: Iterable[TensorSpec]) -> nn.Module:
+    """Return a model on meta that has exactly these tensors, as parameters of modules with the names' parts.
+
+    Raises:
+        PlacementError: one module would need a tensor and a module, or something of its own, under the same name.
+        UnsupportedFormatError: this version of torch lacks one of the dtypes.
+    """
+    root = nn.Module()
+    modules: dict[str, nn.Module] = {"": root}
+
+    def module_at(path: str) -> nn.Module:
+        if path not in modules:
+            parent, _, name = path.rpartition(".")
+            modules[path] = nn.Module()
+            module_at(parent).add_module(name, modules[path])
+        return modules[path]
+
+    for spec in specs:
+        dtype = torch_dtype(spec.dtype)
+        if dtype is None:
+            raise unsupported(spec.dtype, spec.name)
+        tensor = torch.empty(torch_shape(spec.dtype, spec.shape), dtype=dtype, device="meta")
+        parent, _, name = spec.name.rpartition(".")
+        try:
+            module_at(parent).register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        except KeyError as error:
+            raise PlacementError(
+                f"no torch module can have a tensor of this name beside the others ({error.args[0]})", tensor=spec.name
+            ) from error
+    return root
+
+
+def _leave_out(checkpoint: Path) -> None:
+    """Take a checkpoint's folder, and those below it, out of the places in which Python looks for modules."""
+    if not checkpoint.exists():
+        return
+    root = (checkpoint if checkpoint.is_dir() else checkpoint.parent).resolve()
+    sys.path[:] = [place for place in sys.path if not Path(place).resolve().is_relative_to(root)]
+
+
+def _find(spec: str, checkpoint: Path) -> object:
     module_name, _, attributes = spec.partition(":")
     if os.getcwd() not in sys.path:  # noqa: PTH109 - a string is what sys.path holds
         sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    _leave_out(checkpoint)
     try:
         found: object = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise ConfigurationError(
                 f"model: there is no module {error.name!r} here or among the installed packages"
+                " (the checkpoint's folder is not searched)"
             ) from error
         raise ConfigurationError(f"model: importing {module_name} failed: {type(error).__name__}: {error}") from error
     path = module_name

@@ -10,7 +10,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 
 from weightstream.prefetch.memory import PAGE_BYTES, allocate
 
-__all__ = ["CopyCeiling", "ReadCeiling", "copy_ceiling", "read_ceiling"]
+__all__ = ["CopyCeiling", "ReadCeiling", "copy_ceiling", "copy_round", "read_ceiling"]
 
 #: At most this much is page-locked for the copies, which go round in it: enough not to come from the CPU's caches.
 _WINDOW_BYTES = 256 * 2**20
@@ -199,25 +199,28 @@ def copy_ceiling(device: torch.device, *, num_bytes: int, chunk_bytes: int) -> C
     destination = torch.zeros_like(source, device=device)
     torch.accelerator.synchronize(device)  # the destination was made on another stream
     stream = torch.Stream(device)
-    _copy(source, destination, stream, source.nbytes)()
+    _copy(source, destination, stream, source.nbytes)
     begin_s = time.perf_counter()
-    wait = _copy(source, destination, stream, num_bytes)
-    wait()
+    _copy(source, destination, stream, num_bytes)
     return CopyCeiling(num_bytes, time.perf_counter() - begin_s, chunk_bytes)
 
 
-def _copy(source: torch.Tensor, destination: torch.Tensor, stream: torch.Stream, num_bytes: int) -> Callable[[], None]:
-    """Submit copies of so many bytes in all; return what waits for the last one."""
-    num_places, chunk_bytes = source.shape
+def _copy(source: torch.Tensor, destination: torch.Tensor, stream: torch.Stream, num_bytes: int) -> None:
+    """Copy on a stream, and wait for the event behind the last copy."""
     before = torch.accelerator.current_stream(stream.device)
     torch.accelerator.set_stream(stream)
     try:
-        for number, begin in enumerate(range(0, num_bytes, chunk_bytes)):
-            size = min(chunk_bytes, num_bytes - begin)
-            place = number % num_places
-            destination[place, :size].copy_(source[place, :size], non_blocking=True)
+        copy_round(source, destination, num_bytes)
         event = torch.Event(stream.device)
         event.record(stream)
     finally:
         torch.accelerator.set_stream(before)
-    return event.synchronize
+    event.synchronize()
+
+
+def copy_round(source: torch.Tensor, destination: torch.Tensor, num_bytes: int) -> None:
+    """Submit copies of so many bytes in all, row after row, and again from the first one; the last may be short."""
+    num_rows, row_bytes = source.shape
+    for number, begin in enumerate(range(0, num_bytes, row_bytes)):
+        row, size = number % num_rows, min(row_bytes, num_bytes - begin)
+        destination[row, :size].copy_(source[row, :size], non_blocking=True)

@@ -257,11 +257,11 @@ def _checkpoint_json(checkpoint: Checkpoint) -> str:
 def bench(
     session: _Session, checkpoint: str, *, device: str | None, runs: int, cold: bool, as_json: bool, quiet: bool
 ) -> None:
-    """Measure what this machine can do at best, what a load of CHECKPOINT reaches, and where its time goes.
+    """Measure what disk and bus can do, and what a load reaches.
 
-    CHECKPOINT is a folder, a .safetensors.index.json, or one .safetensors file. It is read many times, and loaded into
-    a model that is made from it. This takes host memory of twice its size. Settings can be tried through the
-    environment, for example WEIGHTSTREAM_PREFETCH__WORKERS=4.
+    CHECKPOINT is a folder, a .safetensors.index.json, or one .safetensors file. It is read many times, raw and into a
+    model that is made from it, which takes host memory of twice its size. The result says what bounds the load and
+    where its time goes. Settings can be tried through the environment, for example WEIGHTSTREAM_PREFETCH__WORKERS=4.
     """
     from weightstream import bench as measuring  # noqa: PLC0415
     from weightstream.config import LoaderConfig  # noqa: PLC0415

@@ -37,6 +37,11 @@ _PREFIX = "WEIGHTSTREAM_"
 _PACKAGE = "pkg://"
 #: The keyword by which `from_yaml` hands its file to the sources. No field can have this name.
 _YAML_FILE = "yaml file"
+#: Limits on a YAML file, which few hand-written ones come near. The nodes are those of the whole document, with what an
+#: alias stands for counted each time: nine lines of nine aliases each would otherwise fill any memory.
+_MAX_YAML_BYTES = 64 * 1024
+_MAX_YAML_NODES = 1000
+_MAX_YAML_DEPTH = 10
 _NAME = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 
 
@@ -47,6 +52,8 @@ def _in_package(value: object) -> object:
     if not isinstance(value, str) or not value.startswith(_PACKAGE):
         return value
     name, _, inside = value.removeprefix(_PACKAGE).partition("/")
+    if not value.isprintable():
+        raise ValueError(f"{value!r} has characters that cannot be printed")
     if not name.isidentifier() or ".." in Path(inside).parts or inside.startswith("/"):
         raise ValueError(f"{value} must be {_PACKAGE}PACKAGE/folder, with the name of a top-level package")
     spec = find_spec(name)
@@ -54,7 +61,7 @@ def _in_package(value: object) -> object:
         raise ValueError(f"{value}: no package {name!r} is installed for this Python; install it or correct the name")
     places = [Path(place) / inside for place in spec.submodule_search_locations]
     for place in places:
-        if place.exists():
+        if os.path.exists(place):  # noqa: PTH110 - the method raises an OSError for names that are too long
             return place
     raise ValueError(f"{value}: package {name!r} is installed, but there is no {' or '.join(map(str, places))}")
 
@@ -95,7 +102,8 @@ class LoaderConfig(BaseSettings):
     strategy: Strategy = Field(
         default="auto",
         description="How the checkpoint gets into the model. `auto` (the default): the loader decides and says why in "
-        "its report. `stream`: the bounded pipeline of reading and copying.",
+        "its report. `stream`: the bounded pipeline of reading and copying. `map`: tensors on the CPU are views of the "
+        "mapped files, brought in by the kernel as they are needed; truncating such a file kills the process.",
     )
     prefetch: PrefetchConfig = Field(
         default=PrefetchConfig(), description="How bytes get from storage into host memory."
@@ -133,8 +141,10 @@ class LoaderConfig(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Put keywords before the environment before the YAML file; pydantic-settings merges them, field by field."""
         keywords = {name: _explicit(value) for name, value in init_settings().items()}
-        file = keywords.pop(_YAML_FILE, None)
-        values = _read_yaml(file) if isinstance(file, Path) else {}
+        values = {}
+        if isinstance(file := keywords.get(_YAML_FILE), Path):
+            del keywords[_YAML_FILE]
+            values = _read_yaml(file)
         return (
             InitSettingsSource(settings_cls, keywords),
             _Environment(settings_cls),
@@ -178,7 +188,30 @@ def _fields(fields: Mapping[str, FieldInfo]) -> Iterator[tuple[str, ...]]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader, which by itself keeps the last of doubled keys and says nothing."""
+    """YAML's safe loader, which by itself keeps the last of doubled keys, says nothing, and knows no limits."""
+
+    def __init__(self, stream: bytes) -> None:
+        super().__init__(stream)
+        self._sizes: dict[yaml.Node, int] = {}
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node:  # noqa: ANN401 - likewise
+        is_alias = self.check_event(yaml.AliasEvent)
+        self._depth += 1
+        if self._depth > _MAX_YAML_DEPTH:
+            raise ComposerError(None, None, f"more than {_MAX_YAML_DEPTH} levels", self.get_mark())
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        assert node is not None  # the stubs allow for a document without any
+        if not is_alias:
+            self._sizes[node] = 1 + sum(self._sizes[part] for part in _parts(node))
+        if node not in self._sizes:
+            raise ComposerError(None, None, "this contains itself", node.start_mark)
+        if self._sizes[node] > _MAX_YAML_NODES:
+            raise ComposerError(None, None, f"more than {_MAX_YAML_NODES} keys and values", node.start_mark)
+        if isinstance(node, yaml.ScalarNode) and any("\ud800" <= c <= "\udfff" for c in node.value):
+            raise ComposerError(None, None, "half a surrogate pair is not a character", node.start_mark)
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # noqa: ANN401 - the stubs have a wrong type
         # Not in construct_mapping: there, keys that `<<` has merged in already stand beside those that replace them.
@@ -192,15 +225,26 @@ class _StrictLoader(yaml.SafeLoader):
         return node
 
 
+def _parts(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
+
+
 def _read_yaml(file: Path) -> dict[str, Any]:
     """Return the mapping in `file`, with `checkpoint` made relative to the file's folder. An empty file is empty."""
     try:
         with file.open("rb") as stream:
-            content: object = yaml.load(stream, Loader=_StrictLoader)  # noqa: S506 - it is a safe loader
-    except OSError as error:
-        raise _failure(_detail(f"cannot read {file}: {error.strerror}")) from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise _failure(_detail(f"{file} cannot be parsed: {error}")) from error
+            raw = stream.read(_MAX_YAML_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        raise _failure(_detail(f"cannot read {file}: {getattr(error, 'strerror', error)}")) from error
+    if len(raw) > _MAX_YAML_BYTES:
+        raise _failure(_detail(f"{file} is longer than {_MAX_YAML_BYTES} bytes"))
+    try:
+        content: object = yaml.load(raw, Loader=_StrictLoader)  # noqa: S506 - it is a safe loader
+    except Exception as error:  # an ill-fitting tag (`!!int ""`) lets through whatever the conversion stumbles over
+        what = str(error) if isinstance(error, yaml.YAMLError) else f"{type(error).__name__}: {error}"
+        raise _failure(_detail(f"{file} cannot be parsed: {what}")) from error
     values = cast("dict[object, object]", content) if isinstance(content, dict) else None
     if content is None:
         return {}
@@ -227,6 +271,7 @@ def _hint(name: str, known: Iterable[str], *, prefix: str = "") -> str:
 def _detail(
     message: str, *, kind: str = "config", loc: tuple[int | str, ...] = (), value: object = None
 ) -> InitErrorDetails:
+    message = message.encode(errors="backslashreplace").decode()  # names in the environment may be any bytes
     error = PydanticCustomError(kind, "{message}", {"message": message})  # pyright: ignore[reportArgumentType] - LiteralString
     return InitErrorDetails(type=error, loc=loc, input=value)
 

@@ -46,7 +46,8 @@ __all__ = [
 class WeightstreamError(Exception):
     """Base of every error of this package.
 
-    The parts are attributes, for programs; `str()` puts them into one sentence, for people.
+    The parts are attributes, for programs; `str()` puts them into one sentence, for people. Names come from files that
+    nobody vouches for, so the sentence has each part shortened, and without characters that a terminal or a log obeys.
 
     Args:
         what: what went wrong, without the parts below.
@@ -78,19 +79,28 @@ class WeightstreamError(Exception):
         self.partly_written: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        where = " in ".join(part for part in (self.tensor, self.file) if part)
-        text = f"{where}: {self.what}" if where else self.what
+        where = " in ".join(shown(part) for part in (self.tensor, self.file) if part)
+        what = "\n".join(shown(line) for line in self.what.split("\n"))
+        text = f"{where}: {what}" if where else what
         if self.expected is not None:
-            text += f": expected {self.expected}"
+            text += f": expected {shown(self.expected)}"
         if self.actual is not None:
-            text += f"{',' if self.expected is not None else ':'} found {self.actual}"
+            text += f"{',' if self.expected is not None else ':'} found {shown(self.actual)}"
         if self.hint:
             text += f". {self.hint}"
         if self.partly_written:
-            names = ", ".join(self.partly_written[:5])
+            names = ", ".join(shown(name) for name in self.partly_written[:5])
             more = len(self.partly_written) - 5
             text += f" (the model is partly written: {names}{f' and {more} more' if more > 0 else ''})"
         return text
+
+
+def shown(part: object, *, most: int = 1000) -> str:
+    """Write a part of a message so that it is short and does nothing but be read."""
+    text = str(part)
+    if len(text) > most:
+        text = f"{text[: most // 2]} [...] {text[-most // 2 :]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class CheckpointError(WeightstreamError):

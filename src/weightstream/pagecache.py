@@ -1,16 +1,16 @@
 """The page cache, for measurements: how much of some files it holds, and how to empty it of them.
 
-What the kernel says is true for the files' owner, or for somebody who may write to them. To others it says that
-everything is there.
+What the page cache holds is told to the files' owner, and to who may write to them (see `prefetch.residency`).
 """
 
 from __future__ import annotations
 
-import ctypes
-import mmap
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from weightstream.prefetch.residency import resident_shares
 
 __all__ = ["drop", "resident_share"]
 
@@ -33,31 +33,19 @@ def drop(paths: Sequence[Path]) -> None:
 
 
 def resident_share(paths: Sequence[Path]) -> float:
-    """Return which share of some files' pages is in the page cache, from 0.0 to 1.0.
+    """Return which share of some files' bytes is in the page cache, from 0.0 to 1.0; every page is looked at.
 
     Raises:
-        OSError: a file cannot be opened, or the kernel has no answer.
+        OSError: a file cannot be opened, or the kernel does not tell (they are somebody else's).
     """
-    num_pages = num_resident = 0
+    num_bytes = 0
+    num_resident = 0.0
     for path in paths:
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size:
-                # A private, writable mapping that nobody writes to: ctypes takes addresses of writable ones alone.
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
-                    pages = _mincore(mapping)
-                num_pages += len(pages)
-                num_resident += len(pages) - pages.count(0)
-    return num_resident / num_pages if num_pages else 0.0
-
-
-def _mincore(mapping: mmap.mmap) -> bytes:
-    """Return a byte for each page of a mapping: 0 if it is not in memory."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    pages = (ctypes.c_ubyte * -(-len(mapping) // mmap.PAGESIZE))()
-    start = ctypes.c_char.from_buffer(mapping)
-    answer = libc.mincore(ctypes.byref(start), ctypes.c_size_t(len(mapping)), pages)
-    del start  # the mapping cannot be closed while something refers to it
-    if answer:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return bytes(pages)
+            size = os.fstat(file.fileno()).st_size
+            (share,) = resident_shares(file.fileno(), size, [(0, size)], num_samples=None) if size else [0.0]
+        if share is None:
+            raise OSError(errno.EPERM, "the kernel does not tell what of this file is in the page cache", str(path))
+        num_bytes += size
+        num_resident += share * size
+    return num_resident / num_bytes if num_bytes else 0.0

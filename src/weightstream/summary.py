@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from weightstream.display import format_bytes, format_rate
+from weightstream.errors import shown
 
 if TYPE_CHECKING:
     from weightstream.prefetch.checkpoint import Checkpoint
@@ -87,11 +88,16 @@ def _facts(report: LoadReport, *, is_cache: bool) -> Iterable[tuple[str, str]]:
     )
     if report.device_peak_bytes:
         yield "device memory", f"{format_bytes(report.device_peak_bytes)} at most"
+    for sentence in report.decisions:
+        yield "reads", sentence
     if report.num_retries:
         yield "retries", f"{report.num_retries} reads were repeated"
     for label, keys in (("missing", report.missing_keys), ("unexpected", report.unexpected_keys)):
         if keys:
-            yield label, f"{_count(len(keys), 'tensor')}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
+            yield (
+                label,
+                f"{_count(len(keys), 'tensor')}: {', '.join(map(shown, keys[:5]))}{', ...' if len(keys) > 5 else ''}",
+            )
     for sentence in report.fallbacks:
         yield "note", sentence
 
@@ -127,7 +133,7 @@ def print_checkpoint(console: Console, checkpoint: Checkpoint) -> None:
         console,
         "Shards",
         [
-            (shard.path.name, _count(count, "tensor"), format_bytes(shard.num_bytes))
+            (shown(shard.path.name), _count(count, "tensor"), format_bytes(shard.num_bytes))
             for shard, count in zip(checkpoint.shards, tensors, strict=True)
         ],
     )
@@ -137,7 +143,7 @@ def print_checkpoint(console: Console, checkpoint: Checkpoint) -> None:
     )
     largest = sorted(specs, key=lambda spec: -spec.num_bytes)[:_LARGEST]
     rows = [
-        (spec.name, " x ".join(map(str, spec.shape)) or "scalar", spec.dtype, format_bytes(spec.num_bytes))
+        (shown(spec.name), " x ".join(map(str, spec.shape)) or "scalar", spec.dtype, format_bytes(spec.num_bytes))
         for spec in largest
     ]
     print_table(console, "Largest tensors", rows)

@@ -17,7 +17,7 @@ from tests.builders import INDEX, random_tensors, write_checkpoint
 from tests.cli.conftest import Run, Start
 from tests.contract import REPORT_KEYS
 from weightstream import bench, ceilings, pagecache
-from weightstream.bench import model_for
+from weightstream.building import model_for
 from weightstream.ceilings import ReadCeiling
 from weightstream.errors import PlacementError, UnsupportedFormatError
 from weightstream.prefetch.checkpoint import open_checkpoint

@@ -96,3 +96,11 @@ def test_settings_of_the_environment_hold_for_inspect(
     assert "outside" in weightstream("inspect", checkpoint).err
     monkeypatch.setenv("WEIGHTSTREAM_PREFETCH__ALLOW_OUTSIDE_LINKS", "true")
     assert weightstream("inspect", checkpoint).code == 0
+
+
+def test_names_do_nothing_to_the_terminal(weightstream: Run, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, {"a\x1b]0;owned\x07": torch.zeros(2)})
+    result = weightstream("inspect", tmp_path)
+    assert result.code == 0
+    assert "\x1b" not in result.out
+    assert r"a\x1b]0;owned\x07" in result.out

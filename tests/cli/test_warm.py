@@ -135,6 +135,22 @@ def test_model_comes_from_the_working_folder(weightstream: Run, config: Path, bu
     assert weightstream("warm", config).code == 0
 
 
+@pytest.mark.parametrize("place", [".", "below"])
+def test_model_never_comes_from_the_folder_of_the_checkpoint(
+    weightstream: Run, config: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    folder = checkpoint / place
+    folder.mkdir(exist_ok=True)
+    (folder / "brought_along.py").write_text("raise RuntimeError('imported')")
+    config.write_text(config.read_text().replace("builders_of_a_user", "brought_along"))
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    result = weightstream("warm", config, "-q")
+    assert result.code == 2
+    assert result.err.startswith("error: model: there is no module 'brought_along'")
+    assert "the checkpoint's folder is not searched" in result.err
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

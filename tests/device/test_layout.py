@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from weightstream.device.layout import IN_SLOT, Landing, Layout, Piece, Run, padded
+from weightstream.device.layout import IN_SLOT, Given, Landing, Layout, Piece, Run, padded
 from weightstream.device.placement import Mode, Place
 
 
@@ -13,8 +13,17 @@ def place(num_bytes: int, mode: Mode = "adopt", *, dtype: torch.dtype = torch.ui
     return Place("t", num_bytes, torch.uint8 if dtype is torch.uint8 else torch.float16, dtype, (num_bytes,), mode, 0)
 
 
-def layout_of(*places: Place, lands: bool = False, **options: bool) -> Layout:
-    return Layout(list(places), lands=lands, own_bytes=1000, block_bytes=2048, **options)
+def layout_of(
+    *places: Place, lands: bool = False, share_across_large: bool = True, given: Given | None = None
+) -> Layout:
+    return Layout(
+        list(places),
+        lands=lands,
+        own_bytes=1000,
+        block_bytes=2048,
+        share_across_large=share_across_large,
+        given=given,
+    )
 
 
 @pytest.mark.parametrize(("num_bytes", "expected"), [(0, 0), (1, 256), (256, 256), (257, 512)])
@@ -89,3 +98,12 @@ def test_copies_of_ten_thousand_small_tensors_are_few() -> None:
     layout = Layout([place(100)] * 10_000, lands=False, own_bytes=1000, block_bytes=2**20)
     transfer = layout.transfer(0, 10_000, 0, 1_000_000)
     assert len(transfer.runs) == len(layout.blocks) == 3
+
+
+def test_tensor_stays_in_given_memory_if_it_is_aligned_and_goes_as_it_is() -> None:
+    places = [place(10), place(10, "fill"), place(20, dtype=torch.float64), place(0), place(10)]
+    layout = layout_of(*places, given=Given([100, 200], [(0, 0), (0, 10), (1, 7), (1, 27), (1, 27)]))
+    assert layout.block_of == [0, IN_SLOT, 2, IN_SLOT, 1]
+    assert layout.offset_of == [0, 0, 0, 0, 27]
+    assert (layout.blocks, layout.num_given, layout.members) == ([100, 200, 256], 2, [1, 1, 1])
+    assert [layout.is_given(i) for i in range(5)] == [True, False, False, False, True]

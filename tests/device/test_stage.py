@@ -11,8 +11,9 @@ from tests.builders import assert_same
 from tests.fakes.accelerator import FRESH, FakeAccelerator
 from weightstream.device.backend import HostBackend, NowhereBackend
 from weightstream.device.layout import Layout
-from weightstream.device.placement import Mode, Place, Site, Target
+from weightstream.device.placement import Mode, Place
 from weightstream.device.stage import DeviceStage
+from weightstream.device.targets import Target
 from weightstream.prefetch.memory import allocate
 
 OWN = 4096
@@ -21,8 +22,7 @@ OWN = 4096
 def place(tensor: torch.Tensor, mode: Mode = "adopt", parameter: torch.Tensor | None = None) -> Place:
     target = None
     if parameter is not None:
-        site = Site("t", torch.nn.Module(), "t", is_parameter=True)
-        target = Target(parameter, parameter.dtype, site, 0)
+        target = Target(parameter, parameter.dtype, parameter.is_meta, "t", torch.nn.Module(), "t", True, 0)
     dtype = tensor.dtype if parameter is None else parameter.dtype
     return Place("t", tensor.nbytes, tensor.dtype, dtype, tuple(tensor.shape), mode, 0, target)
 
@@ -47,7 +47,7 @@ class Bench:
         if direct:
             self.memory[77 : 77 + len(data)] = data
         else:
-            for buffer in self.stage.buffers(transfer, slot):
+            for buffer in self.stage.buffers(transfer, slot, 0, len(data)):
                 buffer[:] = data[: len(buffer)]
                 data = data[len(buffer) :]
         event = self.stage.submit(transfer, slot, shift)
@@ -154,7 +154,7 @@ def test_nothing_is_there_before_the_copy(benches: list[Bench]) -> None:
     benches.append(bench)
     bench.accelerator.hold()
     transfer = bench.layout.transfer(0, 1, 0, SMALL.nbytes)
-    for buffer in bench.stage.buffers(transfer, bench.memory):
+    for buffer in bench.stage.buffers(transfer, bench.memory, 0, SMALL.nbytes):
         buffer[:] = b"\1" * len(buffer)
     event = bench.stage.submit(transfer, bench.memory, None)
     (tensor,) = bench.stage.take([0])

@@ -50,7 +50,7 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What happens to some read requests of a file.
+    """What happens to some read requests.
 
     With a page cache (`Behaviour.is_cached`) the kernel stands between: it reads ahead for a buffered reader, and tries
     again on its own where that failed; it takes a short answer to it for the end of the file; and it completes a short
@@ -58,17 +58,17 @@ class Fault:
     cache; short reads arrive as such without one.
 
     Attributes:
-        file: its path below the folder.
+        file: whose requests, as a path below the folder; None: those of every file.
         effect: `error` answers with `number`; `short` answers with `num_bytes` bytes; `stall` answers when the mount is
             told to `release`; `truncate` shortens the file to `num_bytes` bytes, and then answers.
         offset: requests that cover this byte; None: wherever they are.
-        request: the request of this file with this number, from 0; None: whichever it is.
+        request: the request of its file with this number, from 0; None: whichever it is.
         times: how often at most; None: for ever.
         number: an errno.
         num_bytes: see `effect`.
     """
 
-    file: str
+    file: str | None
     effect: Literal["error", "short", "stall", "truncate"]
     offset: int | None = None
     request: int | None = None

@@ -219,7 +219,7 @@ class _Server:
     def _take_fault(self, file: _File, offset: int, num_bytes: int) -> Fault | None:
         for number, fault in enumerate(self._behaviour.faults):
             if (
-                fault.file == file.name
+                fault.file in (None, file.name)
                 and (fault.offset is None or offset <= fault.offset < offset + num_bytes)
                 and fault.request in (None, file.num_requests)
                 and (fault.times is None or self._fault_counts[number] < fault.times)

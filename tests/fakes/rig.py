@@ -31,6 +31,7 @@ class Rig:
         device: `host`: the real backend of host memory. `fake`: an accelerator.
         io: layout of the chunks; see `Disk`.
         read_bytes_per_s, copy_bytes_per_s: speeds in virtual time.
+        latency_s: of each read.
         accelerator: makes the fake.
     """
 
@@ -41,12 +42,13 @@ class Rig:
         io: Literal["buffered", "direct"] = "buffered",
         read_bytes_per_s: float | None = None,
         copy_bytes_per_s: float | None = None,
+        latency_s: float = 0.0,
         accelerator: Callable[..., FakeAccelerator] = FakeAccelerator,
     ) -> None:
         self.device = device
         self.io = io
         self.clock = VirtualClock()
-        self.disk = Disk(self.clock, bytes_per_s=read_bytes_per_s, io=io)
+        self.disk = Disk(self.clock, bytes_per_s=read_bytes_per_s, latency_s=latency_s, io=io)
         self.accelerator = accelerator(self.clock, bytes_per_s=copy_bytes_per_s)
         self.rings: list[Ring] = []
         rings = self.rings
@@ -65,16 +67,23 @@ class Rig:
         *,
         chunk: int = 64 * KIB,
         num_slots: int | None = None,
-        workers: int = 2,
+        workers: int | Literal["auto"] = 2,
         host_memory: int | None = None,
         scheduler: dict[str, Any] | None = None,
+        strategy: str = "auto",
         **device: Any,
     ) -> Loader:
         """Make a loader. `num_slots`: the ring has room for no more; `device`: settings of that section."""
         if num_slots is not None:
             host_memory = num_slots * slot_bytes_for(chunk)
-        prefetch: dict[str, Any] = {"workers": workers, "chunk": chunk, "host_memory": host_memory or 2**30}
+        prefetch: dict[str, Any] = {
+            "workers": workers,
+            "chunk": chunk,
+            "host_memory": host_memory or 2**30,
+            "io": self.io,
+        }
         sections: dict[str, Any] = {
+            "strategy": strategy,
             "prefetch": prefetch,
             "scheduler": scheduler or {},
             "device": {"target": "cpu", **device},

@@ -55,6 +55,7 @@ class Disk:
     Args:
         clock: whose time reads take.
         bytes_per_s: how fast the disk is; None: reads take no time.
+        latency_s: what each read waits before that, beside all others.
         io: `direct` forces chunks in the layout of the file, whether or not the file system has direct I/O.
     """
 
@@ -63,6 +64,7 @@ class Disk:
         clock: Clock | None = None,
         *,
         bytes_per_s: float | None = None,
+        latency_s: float = 0.0,
         io: Literal["buffered", "direct"] = "buffered",
     ) -> None:
         self.num_begun = 0
@@ -72,6 +74,7 @@ class Disk:
         self.closed = threading.Event()
         self._io = io
         self._bytes_per_s = bytes_per_s
+        self._latency_s = latency_s
         self._clock = clock or SystemClock()
         self._condition = self._clock.condition()
         self._free_at = 0.0
@@ -107,6 +110,9 @@ class Disk:
             number = self.num_begun
             self.num_begun += 1
             self.num_bytes_begun += num_bytes
+            answers_at = self._clock.now() + self._latency_s
+            while (left := answers_at - self._clock.now()) > 0:
+                self._condition.wait(left)
             if self._bytes_per_s is not None:
                 until = max(self._clock.now(), self._free_at) + num_bytes / self._bytes_per_s
                 self._free_at = until
@@ -131,21 +137,23 @@ class PacedSource:
         self._inner = inner
         self._is_direct = is_direct
 
-    @property
-    def direct(self) -> bool:
+    def has_direct(self, shard: int) -> bool:
         return self._is_direct
+
+    def resident_shares(self, wanted: Sequence[ByteRange]) -> list[float | None]:
+        return [0.0] * len(wanted)
 
     def read(self, wanted: ByteRange, buffers: Sequence[memoryview]) -> None:
         self._disk.transfer(wanted.end - wanted.begin)
         self._inner.read(wanted, buffers)
 
-    def read_whole(self, wanted: ByteRange, slot: memoryview) -> int:
+    def read_direct(self, wanted: ByteRange, memory: memoryview) -> None:
         self._disk.transfer(wanted.end - wanted.begin)
-        if self._inner.direct:
-            return self._inner.read_whole(wanted, slot)
-        shift = wanted.begin % PAGE_BYTES
-        self._inner.read(wanted, [slot[shift : shift + wanted.end - wanted.begin]])
-        return shift
+        if self._inner.has_direct(wanted.shard):
+            self._inner.read_direct(wanted, memory)
+        else:
+            shift = wanted.begin % PAGE_BYTES
+            self._inner.read(wanted, [memory[shift : shift + wanted.end - wanted.begin]])
 
     def close(self) -> None:
         self._inner.close()

@@ -151,6 +151,15 @@ def test_fault_hits_the_request_with_its_number(folder: Path) -> None:
         assert mount.statistics().num_faults == (1, 0)
 
 
+def test_fault_may_hit_every_file(folder: Path) -> None:
+    with mounted(folder, Behaviour(faults=(Fault(None, "error", request=0, times=None),), is_cached=False)) as mount:
+        for name in ("data", "inside/small"):
+            with pytest.raises(OSError, match="Input/output"):
+                read(mount.path / name)
+        assert read(mount.path / "data") == DATA
+        assert mount.statistics().num_faults == (2,)
+
+
 def test_buffered_reader_does_not_see_an_error_that_passes(folder: Path) -> None:
     """The kernel reads ahead, fails, and tries again."""
     with mounted(folder, Behaviour(faults=(Fault("data", "error"),))) as mount:

@@ -171,3 +171,19 @@ def test_quantised_checkpoint_is_refused(llama: Path) -> None:
     edit_config(llama, quantization_config={"quant_method": "fp8"})
     with pytest.raises(UnsupportedFormatError, match="quantised"):
         build_on_meta(llama)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_kernels_that_a_checkpoint_names_are_not_used(tmp_path: Path, family: str, key: str) -> None:
+    """With the package `kernels`, transformers would fetch them and run them."""
+    save_small(family, tmp_path, dtype=torch.float32)
+    edit_config(tmp_path, **{key: "kernels-community/none"})
+    config: Any = build_on_meta(tmp_path).config
+    assert config._attn_implementation in ("eager", "sdpa")
+
+
+@pytest.mark.parametrize("architectures", [[1], [None], [["x"]], 5, {"a": 1}, "LlamaModel"])
+def test_architectures_that_are_no_names_are_passed_over(llama: Path, architectures: object) -> None:
+    edit_config(llama, architectures=architectures)
+    assert type(build_on_meta(llama)).__name__ == "LlamaModel"

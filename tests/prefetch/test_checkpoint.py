@@ -33,7 +33,8 @@ from weightstream.errors import (
     ReadError,
     UnsupportedFormatError,
 )
-from weightstream.prefetch.checkpoint import find_checkpoint, open_checkpoint
+from weightstream.prefetch.checkpoint import MAX_INDEX_BYTES, find_checkpoint, open_checkpoint
+from weightstream.prefetch.header import MAX_STRINGS
 
 TENSORS = random_tensors({"a": [2, 3], "b": [5], "c": [], "d": [4, 1]})
 FIRST, SECOND = shard_name(0, 2), shard_name(1, 2)
@@ -179,7 +180,7 @@ def test_folder_with_several_candidates_is_refused_and_lists_them(tmp_path: Path
     [
         pytest.param("", "not valid", id="empty"),
         pytest.param("[]", "not valid", id="array"),
-        pytest.param("{}", "missing required field `weight_map`", id="no weight_map"),
+        pytest.param("{}", "there is no `weight_map`", id="no weight_map"),
         pytest.param('{"weight_map":null}', "not valid", id="null"),
         pytest.param('{"weight_map":[]}', "not valid", id="array for weight_map"),
         pytest.param('{"weight_map":{"a":1}}', "Expected `str`, got `int`", id="number for a shard"),
@@ -195,6 +196,11 @@ def test_folder_with_several_candidates_is_refused_and_lists_them(tmp_path: Path
             id="two maps, escaped",
         ),
         pytest.param('{"weight_map":{"a\udcff":"x"}}', "not valid", id="not UTF-8"),
+        pytest.param('{"weight_map":{"a":"x"},"y":"\udcff"}', "utf-8", id="not UTF-8 elsewhere"),
+        pytest.param('{"y":{"z":1},"weight_map":{"a":"x"},"y":2}', "'y' is there twice", id="other member twice"),
+        pytest.param('{"weight_map":{"a":"x"},"y":NaN}', "not valid", id="NaN elsewhere"),
+        pytest.param('{"weight_map":{"a":"x"}}x', "trailing", id="more behind it"),
+        pytest.param("[" + '""' * (MAX_STRINGS + 1), f"more than {MAX_STRINGS} strings", id="too many strings"),
         pytest.param('{"weight_map":{}}', "the index lists no tensors", id="no tensors"),
     ],
 )
@@ -280,13 +286,20 @@ def test_unknown_dtype_is_unsupported(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+def test_index_that_is_too_long_is_refused_before_it_is_read(folder: Path) -> None:
+    os.truncate(folder / INDEX, MAX_INDEX_BYTES + 1)
+    with pytest.raises(CheckpointError, match=f"too long: expected at most {MAX_INDEX_BYTES} bytes") as caught:
+        open_checkpoint(folder)
+    assert caught.value.file == str(folder / INDEX)
+
+
 # What may be opened
 
 
 @pytest.mark.parametrize(
     "name",
-    ["/etc/passwd", "../x.safetensors", "part/../../x.safetensors", "..", "", "x\0.safetensors"],
-    ids=["absolute", "parent", "parent in the middle", "two dots", "empty", "NUL"],
+    ["/etc/passwd", "../x.safetensors", "part/../../x.safetensors", "..", "", "x\0.safetensors", "x/" * 1_000_000],
+    ids=["absolute", "parent", "parent in the middle", "two dots", "empty", "NUL", "a million folders"],
 )
 def test_shard_whose_name_is_no_plain_relative_path_is_refused(tmp_path: Path, name: str) -> None:
     write_shard(tmp_path / "x.safetensors", {"a": TENSORS["a"]})
@@ -299,7 +312,7 @@ def test_shard_whose_name_is_no_plain_relative_path_is_refused(tmp_path: Path, n
 
 
 def link_shard(folder: Path, target: Path | str) -> None:
-    (folder / SECOND).unlink()
+    (folder / SECOND).unlink(missing_ok=True)
     (folder / SECOND).symlink_to(target)
 
 
@@ -322,6 +335,25 @@ def test_link_to_outside_the_folder_needs_the_option(folder: Path, tmp_path: Pat
     assert caught.value.file == str(folder / SECOND)
     assert str(caught.value.actual) == str(tmp_path / "other")
     assert names_in(folder, allow_outside_links=True) == set(TENSORS)
+
+
+def test_index_that_is_a_link_to_outside_needs_the_option_or_its_own_name(folder: Path, tmp_path: Path) -> None:
+    (folder / INDEX).rename(tmp_path / "other")
+    (folder / INDEX).symlink_to("../other")
+    with pytest.raises(CheckpointError, match="link to outside") as caught:
+        open_checkpoint(folder)
+    assert caught.value.file == str(folder / INDEX)
+    assert names_in(folder, allow_outside_links=True) == set(TENSORS)
+    assert names_in(folder / INDEX) == set(TENSORS)
+
+
+@pytest.mark.parametrize("other", ["./" + FIRST, "link", "hard"])
+def test_two_names_for_one_file_are_refused(folder: Path, other: str) -> None:
+    (folder / "link").symlink_to(FIRST)
+    (folder / "hard").hardlink_to(folder / FIRST)
+    write_index(folder, {"a": FIRST, "b": other})
+    with pytest.raises(CheckpointError, match=f"two names for one file: found also {FIRST}"):
+        open_checkpoint(folder)
 
 
 def test_link_through_a_folder_to_outside_needs_the_option(folder: Path, tmp_path: Path) -> None:
@@ -377,6 +409,15 @@ def test_links_into_the_blobs_of_another_model_are_outside(tmp_path: Path) -> No
 def test_link_that_leads_to_itself_is_a_read_error(folder: Path) -> None:
     link_shard(folder, SECOND)
     with pytest.raises(ReadError, match="cannot open the file: Too many levels of symbolic links"):
+        open_checkpoint(folder)
+
+
+def test_links_that_follow_each_other_without_end_are_a_weightstream_error(folder: Path) -> None:
+    for number in range(2000):
+        (folder / f"link{number}").symlink_to(f"link{number + 1}")
+    (folder / SECOND).rename(folder / "link2000")
+    link_shard(folder, "link0")
+    with pytest.raises((CheckpointError, ReadError), match=r"too many links|Too many levels"):
         open_checkpoint(folder)
 
 

@@ -106,9 +106,10 @@ def read(source: FileSource, begin: int, end: int, sizes: Sequence[int] = ()) ->
     return b"".join(memory)
 
 
-def read_whole(source: FileSource, begin: int, end: int) -> bytes:
+def read_direct(source: FileSource, begin: int, end: int) -> bytes:
     slot = memoryview(allocate(SLOT_BYTES))
-    at = source.read_whole(ByteRange(0, begin, end), slot)
+    source.read_direct(ByteRange(0, begin, end), slot)
+    at = begin % PAGE_BYTES
     return bytes(slot[at : at + end - begin])
 
 
@@ -121,7 +122,7 @@ LENGTHS = [1, 2, 255, 512, PAGE_BYTES - 1, PAGE_BYTES, PAGE_BYTES + 1, 2 * PAGE_
 @pytest.mark.parametrize("io", ["buffered", "direct"])
 def test_any_range_is_read_as_it_is_in_the_file(content: bytes, open_source: Open, told: Told, io: str) -> None:
     source = open_source(io=io)
-    read_range = read_whole if io == "direct" else read
+    read_range = read_direct if io == "direct" else read
     for begin, length in itertools.product(PLACES, LENGTHS):
         assert read_range(source, begin, begin + length) == content[begin : begin + length]
     for begin in (len(content) - 1, len(content) - PAGE_BYTES - 5, 2 * PAGE_BYTES, 2 * PAGE_BYTES + 1):
@@ -142,15 +143,35 @@ def test_direct_reads_go_past_the_page_cache_and_need_no_fallback(
 
     monkeypatch.setattr(os, "preadv", noted)
     source = open_source(io="direct")
-    read_whole(source, 5, len(DATA))
-    assert source.direct
+    read_direct(source, 5, len(DATA))
+    assert source.has_direct(0)
     assert told.fallbacks == []
     assert fds
     assert checkpoint.shards[0].fd not in fds
 
 
 def test_buffered_source_says_so(open_source: Open) -> None:
-    assert not open_source().direct
+    assert not open_source(io="buffered").has_direct(0)
+
+
+@pytest.mark.usefixtures("takes_direct")
+def test_source_that_may_choose_has_both(open_source: Open) -> None:
+    assert open_source(io="auto").has_direct(0)
+
+
+def test_refusal_is_no_fallback_where_direct_reads_were_not_asked_for(
+    content: bytes, open_source: Open, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(io="auto")
+    monkeypatch.setattr(os, "preadv", failing(os.preadv, errno.EINVAL, 1, []))
+    assert read_direct(source, 10, 5000) == content[10:5000]
+    assert not source.has_direct(0)
+    assert told.fallbacks == []
+
+
+def test_shares_of_ranges_of_a_file_that_was_just_written(open_source: Open, content: bytes) -> None:
+    shares = open_source().resident_shares([ByteRange(0, 0, 10), ByteRange(0, 0, len(content))])
+    assert shares == [1.0, 1.0]
 
 
 @given(st.data())
@@ -197,8 +218,8 @@ def test_short_direct_read_is_continued_and_is_no_refusal_of_direct_io(
 
     source = open_source(io="direct")
     monkeypatch.setattr(os, "preadv", short)
-    assert read_whole(source, 7, len(content) - 3) == content[7:-3]
-    assert source.direct
+    assert read_direct(source, 7, len(content) - 3) == content[7:-3]
+    assert source.has_direct(0)
     assert told.fallbacks == []
 
 
@@ -244,7 +265,7 @@ def test_error_that_passes_is_retried_and_counted(
 ) -> None:
     source = open_source(io=io, retries=3)
     monkeypatch.setattr(os, "preadv", failing(os.preadv, error, times, []))
-    read_range = read_whole if io == "direct" else read
+    read_range = read_direct if io == "direct" else read
     assert read_range(source, 10, 5000) == content[10:5000]
     assert (told.num_retries, len(told.pauses)) == (times, times)
 
@@ -266,7 +287,7 @@ def test_error_that_stays_is_a_read_error_after_the_last_retry(
     with pytest.raises(
         ReadError, match=rf"Input/output error \(errno 5\): found offset .*, after {retries} retries"
     ) as caught:
-        (read_whole if io == "direct" else read)(source, 10, 5000)
+        (read_direct if io == "direct" else read)(source, 10, 5000)
     assert caught.value.file == str(checkpoint.path)
     assert (told.num_retries, len(calls)) == (retries, retries + 1)
 
@@ -310,9 +331,9 @@ def test_refused_direct_read_falls_back_and_tells_once(
 ) -> None:
     source = open_source(io="direct")
     monkeypatch.setattr(os, "preadv", failing(os.preadv, errno.EINVAL, 1, []))
-    assert read_whole(source, 10, 5000) == content[10:5000]
-    assert not source.direct
-    assert read_whole(source, 4096, 5000) == content[4096:5000]  # a chunk that was granted as a whole before that
+    assert read_direct(source, 10, 5000) == content[10:5000]
+    assert not source.has_direct(0)
+    assert read_direct(source, 4096, 5000) == content[4096:5000]  # a chunk that was granted as a whole before that
     assert told.fallbacks == [FALLBACK]
     assert told.num_retries == 0
 
@@ -330,8 +351,8 @@ def test_refused_flag_falls_back_and_tells_once(
     monkeypatch.setattr(os, "open", refuse)
     source = open_source(io="direct")
     for begin in (0, 10, 4096):
-        assert read_whole(source, begin, 9000) == content[begin:9000]
-    assert not source.direct
+        assert read_direct(source, begin, 9000) == content[begin:9000]
+    assert not source.has_direct(0)
     assert told.fallbacks == [FALLBACK]
 
 
@@ -349,13 +370,13 @@ def test_read_that_falls_back_half_way_goes_on_where_it_was(
         return short(fd, buffers, position)
 
     monkeypatch.setattr(os, "preadv", second_fails)
-    assert read_whole(source, 1, 3 * PAGE_BYTES) == content[1 : 3 * PAGE_BYTES]
+    assert read_direct(source, 1, 3 * PAGE_BYTES) == content[1 : 3 * PAGE_BYTES]
     assert calls == [0, PAGE_BYTES, PAGE_BYTES, 2 * PAGE_BYTES]
 
 
 def test_closing_twice_closes_once(open_source: Open) -> None:
     source = open_source(io="direct")
-    read_whole(source, 0, 10)
+    read_direct(source, 0, 10)
     source.close()
     source.close()
 
@@ -375,7 +396,7 @@ def test_file_that_ends_too_early_is_a_read_error(
     source = open_source(io=io)
     os.truncate(checkpoint.path, left)
     with pytest.raises(ReadError, match="the file ended while it was being read") as caught:
-        (read_whole if io == "direct" else read)(source, 10, len(content))
+        (read_direct if io == "direct" else read)(source, 10, len(content))
     assert caught.value.file == str(checkpoint.path)
     assert caught.value.expected == f"{len(content)} bytes or more"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -67,11 +67,18 @@ def _read_config(folder: Path) -> Any:  # noqa: ANN401 - see above
         )
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _choose_no_kernels(config)
     except Exception as error:  # of many classes, not all of them its own
         raise CheckpointError(f"transformers cannot work with it: {error}", file=file) from error
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedFormatError("the checkpoint is quantised", file=file, hint="Load it through transformers")
     return config
+
+
+def _choose_no_kernels(config: Any) -> None:  # noqa: ANN401
+    """Leave the choice of kernels to transformers: a name in config.json can have it fetch code from the hub."""
+    config._attn_implementation = None  # noqa: SLF001 - setting it sets it for the parts of composed models too
+    config._experts_implementation = None  # noqa: SLF001
 
 
 def _stored_dtype(path: Path) -> torch.dtype:
@@ -81,7 +88,8 @@ def _stored_dtype(path: Path) -> torch.dtype:
 
 
 def _architecture(config: Any) -> type:  # noqa: ANN401
-    names: list[str] = config.architectures or []
+    listed: object = config.architectures
+    names = [name for name in cast("list[object]", listed) if isinstance(name, str)] if isinstance(listed, list) else []
     found: type = next(
         (getattr(transformers, name) for name in names if hasattr(transformers, name)), transformers.AutoModel
     )

@@ -1,0 +1,86 @@
+"""Mapping: shards as memory, for tensors that are views of their file.
+
+Mappings are private: whoever writes to such a tensor gets pages of their own, and the file stays as it is. A file that
+is truncated while it is mapped kills the process that touches what is gone (SIGBUS); that is how mapped files are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+
+from weightstream.prefetch.checkpoint import Shard
+from weightstream.prefetch.memory import MAP_FAILED, PAGE_BYTES, mapping_libc
+from weightstream.prefetch.source import ByteRange
+
+__all__ = ["Prefault", "map_shard"]
+
+logger = logging.getLogger(__name__)
+
+#: Makes the kernel read and map pages now (Linux 5.14); before that, it can only be asked to read ahead.
+_MADV_POPULATE_READ = 22
+_MADV_WILLNEED = 3
+
+
+def map_shard(shard: Shard) -> memoryview:
+    """Map a whole shard, copy on write. Unmapped with its last reference, tensors that are views of it included.
+
+    Not with Python's `mmap`, which would keep a descriptor open for as long as the mapping lives.
+
+    Raises:
+        OSError: the file system cannot map files.
+    """
+    libc = mapping_libc()
+    address = libc.mmap(None, shard.num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, shard.fd, 0)
+    if address == MAP_FAILED:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    memory = (ctypes.c_ubyte * shard.num_bytes).from_address(address)
+    weakref.finalize(memory, libc.munmap, address, shard.num_bytes).atexit = False  # tensors may live to the very end
+    return memoryview(memory).cast("B")
+
+
+class Prefault:
+    """Brings mapped ranges into memory, in order, on reader threads; a `prefetch.readers.ReadQueue`.
+
+    It is a help and no part of a load: what it could not do is done when the memory is first touched.
+
+    Args:
+        mappings: of the shards, by number.
+        ranges: what to bring in.
+    """
+
+    def __init__(self, mappings: Sequence[memoryview], ranges: Sequence[ByteRange]) -> None:
+        self._lock = threading.Lock()
+        self._left = [(mappings[wanted.shard], wanted) for wanted in reversed(ranges)]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every range has been brought in or is being so."""
+        return not self._left
+
+    def stop(self) -> None:
+        """Bring in nothing more, and let the mappings go."""
+        with self._lock:
+            self._left.clear()
+
+    def take(self) -> Callable[[], None] | None:
+        with self._lock:
+            if not self._left:
+                return None
+            memory, wanted = self._left.pop()
+        return lambda: _bring_in(memory, wanted)
+
+
+def _bring_in(memory: memoryview, wanted: ByteRange) -> None:
+    # Not `mmap.madvise`, which holds the GIL meanwhile: 168 ms for half a gigabyte.
+    begin = wanted.begin // PAGE_BYTES * PAGE_BYTES
+    address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)) + begin)
+    length = ctypes.c_size_t(wanted.end - begin)
+    libc = mapping_libc()
+    if libc.madvise(address, length, _MADV_POPULATE_READ) and libc.madvise(address, length, _MADV_WILLNEED):
+        logger.debug("cannot prefault bytes %d to %d: %s", begin, wanted.end, os.strerror(ctypes.get_errno()))

@@ -1,0 +1,87 @@
+"""How a load reads: what is in the page cache comes from there, and a tuner is given charge of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from weightstream.prefetch.config import PrefetchConfig
+from weightstream.prefetch.source import Source
+from weightstream.prefetch.tuner import FIRST_READ_BYTES, MAX_WORKERS, Setting, Tuner
+from weightstream.scheduler.plan import LoadPlan
+
+__all__ = ["Reading", "Residency", "look_at_cache", "make_tuner"]
+
+#: A chunk of which so much is in the page cache is read from there.
+_RESIDENT_SHARE = 0.5
+
+
+class Reading(NamedTuple):
+    """What a flow needs to know of it.
+
+    Attributes:
+        source: where bytes come from; used by reader threads.
+        tuner: says how to read; guarded by the flow's lock.
+        resident: for each chunk, whether it is read from the page cache, as it is there already.
+        widen: told, on a reader thread, how many readers there should be from now on.
+    """
+
+    source: Source
+    tuner: Tuner
+    resident: Sequence[bool]
+    widen: Callable[[int], None]
+
+
+class Residency(NamedTuple):
+    """What the page cache holds. `resident`: for each chunk, whether it is there; `unknown`: how many may be, or not."""
+
+    resident: list[bool]
+    unknown: int
+
+    @property
+    def num_cold(self) -> int:
+        return len(self.resident) - sum(self.resident)
+
+    def describe(self) -> str:
+        return f"page cache: {sum(self.resident)} of {len(self.resident)} chunks are in it and are read from there"
+
+
+def look_at_cache(plan: LoadPlan, source: Source, config: PrefetchConfig) -> Residency:
+    """Find out which chunks are in the page cache. Not asked where all is read past it anyway."""
+    if config.io == "direct":
+        return Residency([False] * len(plan.chunks), 0)
+    shares = source.resident_shares([chunk.source for chunk in plan.chunks])
+    return Residency([(share or 0.0) >= _RESIDENT_SHARE for share in shares], shares.count(None))
+
+
+def make_tuner(
+    plan: LoadPlan,
+    source: Source,
+    found: Residency,
+    config: PrefetchConfig,
+    *,
+    workers: int,
+    adaptive: bool,
+    has_slots: bool,
+) -> Tuner:
+    """Make the tuner of a load.
+
+    Args:
+        plan: what is read.
+        source: where from.
+        found: what need not come from storage.
+        config: `io`, `workers` and `chunk` are used.
+        workers: the number of reads at a time to begin with.
+        adaptive: whether their number, unless it was asked for, and their size may change.
+        has_slots: whether there are slots, which direct reads need.
+    """
+    cold = [chunk for chunk, resident in zip(plan.chunks, found.resident, strict=True) if not resident]
+    can_direct = config.io == "auto" and has_slots and any(source.has_direct(chunk.source.shard) for chunk in cold)
+    read_bytes = min(FIRST_READ_BYTES, config.chunk) if adaptive else config.chunk
+    return Tuner(
+        Setting(direct=config.io == "direct", workers=workers, read_bytes=read_bytes),
+        total_bytes=sum(chunk.num_bytes for chunk in cold),
+        can_direct=can_direct,
+        max_workers=MAX_WORKERS if adaptive and config.workers == "auto" else None,
+        max_read_bytes=config.chunk if adaptive else None,
+    )
