@@ -36,7 +36,7 @@ _GIGABYTES = (0.25, 0.5, 1, 2, 4)
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     deadline_s = time.monotonic() + options.budget_s
-    device = options.device
+    device = options.device = "cuda:0" if options.device == "cuda" else options.device
     if device.startswith("cuda") and not _has_cuda():
         sys.exit(f"there is no CUDA device for --device {device}")
     if options.command == "growth":

@@ -70,6 +70,7 @@ def _draw_panel(axis: Any, rows: Sequence[Row]) -> None:  # noqa: ANN401
             fontsize=8,
             color=_BLACK,
         )
+    axis.set_ylim(-0.6, len(loaders) - 0.4)
     axis.set_yticks(range(len(loaders)), [f"{row.title} ({_begin(row)})" for row in loaders], fontsize=9)
     for label, row in zip(axis.get_yticklabels(), loaders, strict=True):
         label.set_fontweight("bold" if row.group == "weightstream" else "normal")
@@ -112,7 +113,7 @@ def _finish(axis: Any) -> None:  # noqa: ANN401
     axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     axis.tick_params(axis="x", labelbottom=True)
-    axis.margins(x=0.08, y=0.04)
+    axis.margins(x=0.1)
 
 
 def draw_growth(found: Sequence[Growth], path: Path) -> None:

@@ -1,8 +1,8 @@
 """One load in a fresh process: `python -m benchmarks.child JOB`, which `run` starts. Prints one line of JSON.
 
 In this order: import what the arm uses; build its model; let the arm prepare; collect garbage; bring the files into the
-page cache or out of it; touch memory; ask mincore; then the clock, the load, the clock. Afterwards: what kind of memory
-the parameters are in, the first read of every byte, and the comparison of every parameter with the files.
+page cache or out of it, and touch memory; ask mincore; then the clock, the load, the clock. Afterwards: what kind of
+memory the parameters are in, the first read of every byte, and the comparison of every parameter with the files.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from benchmarks.memory import (
     status_bytes,
     touch,
 )
-from benchmarks.residency import evict, fill, resident_bytes
+from benchmarks.residency import evict, fill
 from benchmarks.verify import verify
+from weightstream import pagecache
 
 __all__ = ["Job", "measure"]
 
@@ -43,6 +44,8 @@ Cache = Literal["cold", "warm"]
 _SLACK_BYTES = 256 * 2**20
 #: Touched at most for a load to a GPU: more than any loader stages with.
 _STAGING_BYTES = 4 * 2**30
+#: Warm means that at least so much of the files is in the page cache.
+_WARM = 0.99
 #: Filled means that so much of the checkpoint's bytes is in anonymous memory.
 _FILLED = 0.95
 
@@ -84,10 +87,9 @@ def measure(job: Job) -> dict[str, Any]:
             return {"status": "skipped", "reason": f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}"}
         except (ImportError, SkippedError) as error:
             return {"status": "skipped", "reason": str(error).splitlines()[0]}
-        _make_ready(arm, case, job.cache)
-        resident = resident_bytes(case.files)
-        if not _is_ready(job.cache, resident, case):
-            return {"status": "invalid", "reason": f"not {job.cache}: {resident} bytes are in the page cache"}
+        share = _make_ready(arm, case, job.cache)
+        if share > 0 if job.cache == "cold" else share < _WARM:
+            return {"status": "invalid", "reason": f"not {job.cache}: {share:.2%} of the files are in the page cache"}
         found, model = _time(arm, case)
         if model is not None:
             found |= _look_at(model, case, found["anonymous_bytes"])
@@ -100,19 +102,19 @@ def measure(job: Job) -> dict[str, Any]:
     }
 
 
-def _make_ready(arm: Arm, case: Case, cache: Cache) -> None:
+def _make_ready(arm: Arm, case: Case, cache: Cache) -> float:
+    """Prepare memory and the page cache; return the share of the files that is in it now."""
     gc.collect()
     if case.device.type == "cuda":
         torch.cuda.synchronize(case.device)  # the context is there, and what `build` has begun is done
-    (evict if cache == "cold" else fill)(case.files)
+    settle = evict if cache == "cold" else fill
+    settle(case.files)
     needed = int(arm.memory * case.num_bytes)
     if case.device.type == "cuda" and arm.group != "ceiling":
         needed = min(needed, _STAGING_BYTES)  # weights go to the device
     touch(needed + _SLACK_BYTES)
-
-
-def _is_ready(cache: Cache, resident: int, case: Case) -> bool:
-    return resident == 0 if cache == "cold" else resident >= sum(file.stat().st_size for file in case.files)
+    settle(case.files)  # some kernels take pages away that nobody has used for some seconds
+    return pagecache.resident_share(case.files)
 
 
 def _time(arm: Arm, case: Case) -> tuple[dict[str, Any], nn.Module | None]:

@@ -42,7 +42,7 @@ printf '%s\n' "$cards"
 install() { # ENVIRONMENT REQUIREMENT...
     local environment=$1
     shift
-    local options=(--quiet --disable-pip-version-check)
+    local options=(--quiet --disable-pip-version-check --no-compile)
     [[ -z $wheels ]] || options+=(--no-index --find-links "$wheels")
     timeout "$(left_s)" "$python" -m pip --python "$environment/bin/python" install "${options[@]}" "$@"
 }
@@ -58,6 +58,7 @@ mkdir -p "$scratch"
 "$python" -m venv "${venv_options[@]}" "$main"
 install "$main" 'setuptools>=77'
 install "$main" --no-build-isolation -e '.[test,bench-cuda]' || {
+    (($(left_s) > 100)) || die "there is no time left after installing; BUDGET_S=900 gives more"
     printf 'gpu.sh: not everything can be installed; going on without InstantTensor\n' >&2
     install "$main" --no-build-isolation -e '.[test,bench]'
 }

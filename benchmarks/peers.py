@@ -7,6 +7,7 @@ parameters" are the ways that copy. `lazy` loaders map the files, and the bytes 
 from __future__ import annotations
 
 import functools
+import struct
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,8 @@ def _convert(case: Case) -> None:
         serializer: Any = import_module("tensorizer").TensorSerializer(str(part))
         try:
             serializer.write_module(model)
-        except RuntimeError as error:
-            raise SkippedError(f"tensorizer cannot convert it: {error} (it has 256 KiB for all names)") from error
+        except (RuntimeError, struct.error) as error:  # 256 KiB for all names, 16 bits for the number of a module
+            raise SkippedError(f"its format has no room for so many tensors: {error}") from error
         serializer.close()
         part.rename(file)
     case.files = [file]

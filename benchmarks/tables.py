@@ -109,8 +109,8 @@ def _heading(name: str, cache: str, series: Sequence[Mapping[str, Any]], rows: S
     checked = {result["num_checked"] for one in series for result in one["results"] if "num_checked" in result}
     tensors = f"{max(checked):,} tensors, " if checked else ""
     counts = sorted({row.load.count for row in rows})
-    times = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
-    return f"### `{name}`, {cache}: {tensors}{rows[0].num_bytes / 1e9:.2f} GB, each arm {times} times"
+    times = f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} time{'s' if counts[-1] > 1 else ''}"
+    return f"### `{name}`, {cache}: {tensors}{rows[0].num_bytes / 1e9:.2f} GB; each loader {times}"
 
 
 def _setting_table(rows: Sequence[Row], *, on_device: bool) -> str:
