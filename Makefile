@@ -3,7 +3,7 @@
 # make soak     the tests that take long: 25 times as many examples, the costs of hostile files, then make fuzz
 # make fuzz     coverage-guided fuzzing of header, index and YAML
 # make check    format, lint, types, import layers
-# make bench    compare with other loaders, which are installed for it; on a quiet machine, 45 minutes
+# make bench    compare with other loaders, which are installed for it; on a quiet machine, about an hour
 # make format   rewrite the code in the project's format
 # make clean    remove .venv and everything that was built
 #
