@@ -37,8 +37,8 @@ class Binder:
         self._stage = stage
         self._strict = strict
         self._staged: dict[str, torch.Tensor] = {}
-        self._adopted: list[Target] = []
-        self._strides: dict[int, tuple[int, ...]] = {}
+        self._adopted: list[torch.Tensor] = []
+        self._on_meta: list[torch.Tensor] = []
         self._written: list[str] = []
 
     @property
@@ -63,7 +63,7 @@ class Binder:
                 continue
             target = place.target
             assert target is not None
-            adopt(target, tensor)
+            adopt(target.tensor, tensor)
             ready.append(target.name)
             if target.ties:
                 ready.extend(tie.name for tie in target.ties)
@@ -81,25 +81,25 @@ class Binder:
         return ready
 
     def rollback(self) -> None:
-        """Put every parameter that was on meta back there. Copies must have completed."""
+        """Put every parameter that was on meta back there, as it was. Copies must have completed."""
         while self._adopted:
-            target = self._adopted.pop()
-            tensor = target.tensor
-            empty = torch.empty(tensor.shape, dtype=target.declared, device="meta")
-            if target.position in self._strides:
-                empty = empty.as_strided(tensor.shape, self._strides[target.position])
-            _exchange(tensor, empty.requires_grad_(tensor.requires_grad))
+            tensor, on_meta = self._adopted.pop(), self._on_meta.pop()
+            on_meta.requires_grad_(tensor.requires_grad)
+            _exchange(tensor, on_meta)
         self._staged.clear()
 
-    def _adopt(self, target: Target, tensor: torch.Tensor) -> None:
+    def release(self) -> None:
+        """Let go of what a rollback would need, a few at a time: all at once holds the interpreter's lock for 20 ms."""
+        while self._on_meta:
+            del self._on_meta[-1000:], self._adopted[-1000:]
+
+    def _adopt(self, tensor: torch.Tensor, loaded: torch.Tensor) -> None:
         """Put a loaded tensor behind a parameter or buffer that is on meta."""
-        old = target.tensor
-        if old.requires_grad:
-            tensor.requires_grad_(True)
-        if not old.is_contiguous():
-            self._strides[target.position] = old.stride()
-        _exchange(old, tensor)
-        self._adopted.append(target)
+        if tensor.requires_grad:
+            loaded.requires_grad_(True)
+        _exchange(tensor, loaded)
+        self._adopted.append(tensor)
+        self._on_meta.append(loaded)  # which is what the parameter was before
 
     @torch.no_grad()
     def _finish_staged(self, ready: list[str]) -> None:
@@ -147,7 +147,7 @@ class Binder:
         for target in subtree.targets:
             tensor = _restore(target)
             if tensor is not None and target.tensor.is_meta:
-                self._adopt(target, tensor)
+                self._adopt(target.tensor, tensor)
             elif tensor is not None:  # it had storage, which `assign` does not ask for
                 target.tensor.copy_(tensor)
         self._note_keys(subtree, name, keys.missing_keys, keys.unexpected_keys)

@@ -131,6 +131,8 @@ class Layout:
         self.block_of: list[int] = []
         self.offset_of: list[int] = []
         self.members: list[int] = [0] * self.num_given
+        #: How many places up to this one do not follow the one before in its block, byte by byte.
+        self._breaks: list[int] = []
         #: Whether readers write everything to where it belongs, so that no slot is needed.
         self.slotless = lands and not any(place.mode == "fill" or place.is_cast for place in places)
         self._assign_blocks(block_bytes, given, share_across_large=share_across_large)
@@ -140,8 +142,10 @@ class Layout:
     ) -> None:
         blocks, members, own_bytes = self.blocks, self.members, self.own_bytes
         add_block_of, add_offset_of = self.block_of.append, self.offset_of.append
+        add_break, breaks = self._breaks.append, 0
         shared = -1
         used = count = 0  # of the block that small tensors share at present
+        end = -1  # of the place before, in its block
 
         def close_shared() -> None:
             if shared >= 0:
@@ -156,17 +160,22 @@ class Layout:
                     add_block_of(block)
                     add_offset_of(offset)
                     members[block] += 1
+                    add_break(breaks := breaks + 1)
+                    end = -1
                     continue
             if place.dtype is not place.stored_dtype:
                 num_bytes = size // place.stored_dtype.itemsize * place.dtype.itemsize
             if num_bytes == 0 or place.mode == "fill":
                 add_block_of(IN_SLOT)
                 add_offset_of(0)
+                breaks += num_bytes > 0
             elif size >= own_bytes:
                 add_block_of(len(blocks))
                 add_offset_of(0)
                 blocks.append(padded(num_bytes))
                 members.append(1)
+                breaks += 1
+                end = -1
                 if not share_across_large:
                     close_shared()
                     shared = -1
@@ -176,10 +185,15 @@ class Layout:
                     shared, used, count = len(blocks), 0, 0
                     blocks.append(0)
                     members.append(0)
+                    end = -1
+                if used != end:
+                    breaks += 1
                 add_block_of(shared)
                 add_offset_of(used)
+                end = used + num_bytes
                 used += padded(num_bytes)
                 count += 1
+            add_break(breaks)
         close_shared()
 
     def is_given(self, place: int) -> bool:
@@ -206,6 +220,10 @@ class Layout:
         Small tensors come first in the slot, as they lie in their block, whatever stands between them in the file:
         each block that the chunk touches then costs one copy. The rest follows, each piece on its own boundary.
         """
+        if self.slotless:
+            whole = self._as_one(first, stop, head, num_bytes)
+            if whole is not None:
+                return Transfer(first, stop, head, num_bytes, (whole,), (), (), 0)
         where: dict[int, int] = {}
         runs: list[Run] = []
         loose: list[Piece] = []
@@ -227,6 +245,12 @@ class Layout:
             block, start, end = next_block, begin, begin + count
         landings.append(Landing(block, start, end - start))
         return Transfer(first, stop, head, num_bytes, tuple(landings), tuple(runs), tuple(loose), used)
+
+    def _as_one(self, first: int, stop: int, head: int, num_bytes: int) -> Landing | None:
+        """Return where a chunk lands if it does so in one piece, without a gap."""
+        if self._breaks[first] != self._breaks[stop - 1]:
+            return None
+        return Landing(self.block_of[first], self.offset_of[first] + head, num_bytes)
 
     def _assign_slot(
         self,

@@ -140,6 +140,8 @@ class ModelSink:
         return tuple(self._binder.written)
 
     def end(self, error: BaseException | None) -> None:
+        if self._binder is not None:
+            self._binder.release()
         self._binder = None
         self._model = None
 
