@@ -195,13 +195,13 @@ def open_checkpoint(path: str | os.PathLike[str], *, allow_outside_links: bool =
             shards.append(shard)
             _check_new(shard, name, files)
             headers.append(read_header(shard.fd, shard.num_bytes, file=str(shard.path), shard=number))
+        tensors = {spec.name: spec for header in headers for spec in header}
         if weight_map is not None:
-            _check_index(found, weight_map, dict(zip(names, headers, strict=True)))
+            _check_index(found, weight_map, tensors, dict(zip(names, headers, strict=True)))
     except BaseException:
         for shard in shards:
             os.close(shard.fd)
         raise
-    tensors = {spec.name: spec for header in headers for spec in header}
     return Checkpoint(found, tuple(shards), tensors)
 
 
@@ -261,14 +261,14 @@ def _decode_index(raw: bytes) -> dict[str, str]:
     return parse_string_mapping(members["weight_map"])
 
 
-def _check_index(path: Path, weight_map: dict[str, str], headers: dict[str, list[TensorSpec]]) -> None:
+def _check_index(
+    path: Path, weight_map: dict[str, str], tensors: dict[str, TensorSpec], headers: dict[str, list[TensorSpec]]
+) -> None:
     """Compare the index with the tensors that each shard's header names."""
-    named: dict[str, str] = {}
-    for shard, header in headers.items():
-        named.update(dict.fromkeys([spec.name for spec in header], shard))
-    if named == weight_map and sum(map(len, headers.values())) == len(named):
+    expected = [shard for shard, header in headers.items() for _ in header]
+    if len(weight_map) == len(tensors) == len(expected) and list(map(weight_map.get, tensors)) == expected:
         return
-    missing = [name for name in weight_map if name not in named]
+    missing = [name for name in weight_map if name not in tensors]
     strangers = [
         (spec.name, shard) for shard, header in headers.items() for spec in header if weight_map.get(spec.name) != shard
     ]

@@ -268,9 +268,8 @@ def _decode_header(raw: bytes) -> dict[str, _Entry]:
             f"more than {MAX_STRINGS // _STRINGS_PER_ENTRY} tensors, or as many strings as they would have"
         )
     entries = _decode_entries(raw)
-    metadata = _decode_metadata(raw).metadata
-    if bytes(metadata):
-        num_strings -= 1 + 2 * len(parse_string_mapping(metadata))
+    if "__metadata__" in entries:
+        num_strings -= 1 + 2 * len(parse_string_mapping(_decode_metadata(raw).metadata))
         del entries["__metadata__"]
     if num_strings != _STRINGS_PER_ENTRY * len(entries):
         _refuse_members(raw)

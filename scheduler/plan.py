@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal
 
 from weightstream.device.layout import ALIGNMENT_BYTES, Given, Layout, Transfer, padded
@@ -100,7 +101,8 @@ def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)
         for place in {cut.first, cut.stop - 1}:
             parts[place] = parts.get(place, 0) + 1
     if order == "model":
-        cuts.sort(key=lambda cut: min(places[i].position for i in range(cut.first, cut.stop)))
+        position_of = attrgetter("position")
+        cuts.sort(key=lambda cut: min(map(position_of, places[cut.first : cut.stop])))
     chunks = tuple(
         Chunk(
             index,
@@ -109,14 +111,16 @@ def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)
         )
         for index, cut in enumerate(cuts)
     )
+    given, ranges = _given(specs, places, layout, chunk_bytes, order)
     return LoadPlan(
         chunks,
         layout,
-        sum(spec.end - spec.begin for spec in specs),
+        sum(chunk.num_bytes for chunk in chunks) + sum(specs[place].num_bytes for place in given),
         cutter.num_extents,
         {place: count for place, count in parts.items() if count > 1},
-        tuple(i for i, spec in enumerate(specs) if spec.begin == spec.end),
-        *_given(specs, places, layout, chunk_bytes, order),
+        tuple(cutter.empty),
+        given,
+        ranges,
     )
 
 
@@ -160,8 +164,9 @@ class _Cutter:
         self._chunk_bytes = chunk_bytes
         self._isolate_large = isolate_large
         self.num_extents = 0
+        self.empty: list[int] = []
 
-    def cut(self) -> Iterator[_Cut]:  # noqa: C901 (one loop over all tensors, without calls)
+    def cut(self) -> Iterator[_Cut]:  # noqa: C901, PLR0912 (one loop over all tensors, without calls)
         own_bytes, chunk_bytes = self._layout.own_bytes, self._chunk_bytes
         has_given = self._layout.num_given > 0
         current: _Cut | None = None
@@ -170,7 +175,10 @@ class _Cutter:
         for index, spec in enumerate(self._specs):
             begin, end = spec.begin, spec.end
             size = end - begin
-            if size == 0 or (has_given and self._layout.is_given(index)):
+            if size == 0:
+                self.empty.append(index)
+                continue
+            if has_given and self._layout.is_given(index):
                 continue
             small = size < own_bytes
             if begin != position or spec.shard != shard:
