@@ -137,7 +137,7 @@ class Layout:
         self.slotless = lands and not any(place.mode == "fill" or place.is_cast for place in places)
         self._assign_blocks(block_bytes, given, share_across_large=share_across_large)
 
-    def _assign_blocks(  # noqa: C901, PLR0912, PLR0915 (one loop over all tensors, without calls)
+    def _assign_blocks(  # noqa: C901, PLR0915 (one loop over all tensors, without calls)
         self, block_bytes: int, given: Given | None, *, share_across_large: bool
     ) -> None:
         blocks, members, own_bytes = self.blocks, self.members, self.own_bytes

@@ -71,6 +71,11 @@ class Checkpoint:
         self._closed = False
 
     @property
+    def file_system(self) -> int:
+        """The number of the file system that the first shard is on."""
+        return self.shards[0].identity[0] if self.shards else 0
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all tensors together."""
         return sum(spec.num_bytes for spec in self.tensors.values())

@@ -14,20 +14,22 @@ import dataclasses
 from collections.abc import Generator
 from dataclasses import dataclass
 
-__all__ = ["FIRST_READ_BYTES", "MAX_WORKERS", "Setting", "Tuner"]
+__all__ = ["FIRST_READ_BYTES", "FIRST_WORKERS", "MAX_WORKERS", "Setting", "Tuner"]
 
-#: The first reads of a load that may adapt. With 2 MiB a window is some 30 ms on a disk of 2 GB/s.
-FIRST_READ_BYTES = 2 * 2**20
+#: The first reads of a load that may adapt, and how many of them go on at a time. On a disk of 2 GB/s, two reads of
+#: 2 MiB reached half its rate, these nearly all of it; larger ones make trying slow where storage is.
+FIRST_READ_BYTES = 4 * 2**20
+FIRST_WORKERS = 8
 _LEAST_READ_BYTES = 2**18
 #: Never more workers than this. On the slowest storage that was tried (20 ms a request) 32 were enough; not measured
 #: beyond.
 MAX_WORKERS = 32
 
 #: A window is at least so long and at least so many reads: shorter ones say more about noise than about the storage.
-_WINDOW_S = 0.03
+_WINDOW_S = 0.05
 _WINDOW_READS = 2
 #: No trial is begun that could not be paid back: when everything is read in less than this, it stays as it is.
-_WORTHWHILE_S = 0.35
+_WORTHWHILE_S = 0.6
 #: What a change must bring. Direct reads cost one more copy on the host, more workers cost cores; larger reads save both.
 _GAIN_DIRECT = 1.15
 _GAIN_MORE_WORKERS = 1.10
@@ -36,6 +38,8 @@ _GAIN_FEWER_WORKERS = 1.05
 _GAIN_SMALLER_READS = 1.10
 _GAIN_LARGER_READS = 0.97
 _GAIN_LARGER = 1.05  # from that on, smaller ones are not tried any more
+#: Bytes per second of each worker: below, the number of workers is tried first.
+_FAST = 100e6
 #: After trying: when the rate of a long window falls below this share of the best one seen, trying begins again.
 _DROP = 0.6
 
@@ -63,6 +67,7 @@ class Tuner:
     Args:
         first: what to begin with.
         total_bytes: how much will be read in this way.
+        is_known: `first` has proved itself here: nothing is tried until the rate falls.
         can_direct: whether direct reads may be chosen instead of buffered ones; if not, `first.direct` stays.
         max_workers: the most reads at a time; None: their number stays.
         max_read_bytes: the most that one read may fetch; None: its size stays.
@@ -77,6 +82,7 @@ class Tuner:
         first: Setting,
         *,
         total_bytes: int,
+        is_known: bool = False,
         can_direct: bool,
         max_workers: int | None,
         max_read_bytes: int | None,
@@ -95,9 +101,14 @@ class Tuner:
         self._best_rate = 0.0
         self._trial: _Trial | None = None
         self._tries = can_direct or max_workers is not None or max_read_bytes is not None
-        if self._tries:
+        if self._tries and not is_known:
             self._trial = self._try_all(first)
             next(self._trial)
+
+    @property
+    def has_settled(self) -> bool:
+        """Whether something was tried, and what came out of it holds."""
+        return self._tries and self._trial is None
 
     def begin(self) -> int | None:
         """Note that a read begins that follows the setting; return the setting's number.
@@ -170,10 +181,11 @@ class Tuner:
 
     def _try_all(self, setting: Setting) -> _Trial:
         rate = yield setting
-        setting, rate = yield from self._try_workers(setting, rate)  # first: with too few, all else takes long to try
+        if rate < _FAST * setting.workers:  # with too few of them, all else takes long to try
+            setting, rate = yield from self._try_workers(setting, rate)
         compared = setting
         setting, rate = yield from self._try_io(setting, rate)
-        if setting != compared:
+        if setting != compared or rate >= _FAST * setting.workers:
             setting, rate = yield from self._try_workers(setting, rate)
         before = setting.read_bytes
         setting, rate = yield from self._try_sizes(setting, rate)

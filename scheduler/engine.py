@@ -25,6 +25,7 @@ from weightstream.prefetch.memory import Budget, MemoryAccount, allocate, availa
 from weightstream.prefetch.readers import ReaderPool
 from weightstream.prefetch.ring import Ring, Segment, slot_bytes_for
 from weightstream.prefetch.source import FileSource, Source
+from weightstream.prefetch.tuner import Setting
 from weightstream.scheduler.clock import Clock, SystemClock
 from weightstream.scheduler.config import Settings
 from weightstream.scheduler.plan import LoadPlan
@@ -108,6 +109,8 @@ class Engine:
         self._pinning_refused = False
         self._num_ring_users = 0
         self._prefaults: list[Prefault] = []
+        #: How loads from each file system, by its number, were read in the end.
+        self.known_settings: dict[int, Setting] = {}
         workers = config.prefetch.workers
         #: How many reads of a load go on at a time in the beginning.
         self.num_workers = min(8, max(2, usable_cores())) if workers == "auto" else workers

@@ -24,7 +24,7 @@ from weightstream.prefetch.readers import Thread
 from weightstream.prefetch.ring import Ring, Slot
 from weightstream.prefetch.source import ByteRange
 from weightstream.scheduler.clock import Clock
-from weightstream.scheduler.ledger import Ledger
+from weightstream.scheduler.ledger import Ledger, Section
 from weightstream.scheduler.plan import Chunk, LoadPlan
 from weightstream.scheduler.reading import Reading
 
@@ -227,10 +227,10 @@ class Flow:
 
     # The load's own thread.
 
-    def start(self) -> None:
-        """Begin to book time to the pipeline."""
+    def enter(self, section: Section) -> None:
+        """Book time to a section of the load from now on; readers may be at work."""
         with self._condition:
-            self._ledger.enter("pipeline")
+            self._ledger.enter(section)
 
     def next(self, deadline: float | None, timeout_s: float | None) -> Filled | list[Chunk] | None:
         """Wait for something to do: a filled chunk to submit, or chunks to place.

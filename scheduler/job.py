@@ -20,20 +20,18 @@ from contextlib import ExitStack
 
 import torch
 
-from weightstream.device.backend import Backend
 from weightstream.device.placement import Place
 from weightstream.device.stage import DeviceStage
-from weightstream.errors import LoadCancelledError, MemoryBudgetError, ReadError, WeightstreamError
+from weightstream.errors import LoadCancelledError, MemoryBudgetError, WeightstreamError
 from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
-from weightstream.prefetch.mapping import Prefault, map_shard
 from weightstream.prefetch.memory import Peak
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.flow import Filled, Flow
 from weightstream.scheduler.interpreter import no_garbage_collection, quick_thread_switches
 from weightstream.scheduler.ledger import Ledger
+from weightstream.scheduler.pipeline import Pipeline
 from weightstream.scheduler.plan import Chunk, LoadPlan
 from weightstream.scheduler.readiness import Readiness
-from weightstream.scheduler.reading import Reading, look_at_cache, make_tuner
 from weightstream.scheduler.report import LoadReport, Progress, State
 from weightstream.scheduler.sinks import Prepared, Sink
 
@@ -41,16 +39,8 @@ __all__ = ["Job"]
 
 logger = logging.getLogger(__name__)
 
-#: How long a load that was stopped waits for a read in hand before it gives the read up. Not measured: an ordinary
-#: read of one chunk takes milliseconds, and Ctrl-C should end a program within a second.
-_GRACE_S = 0.5
-
 #: So many tensors of mapped files are bound at a time: some 10 ms of work.
 _AT_ONCE = 4096
-
-_RESIDENCY_UNKNOWN = (
-    "what is in the page cache is unknown, because the files belong to somebody else: found out by measuring"
-)
 
 
 class Job:
@@ -92,7 +82,6 @@ class Job:
         self._begin = engine.clock.now()
         self._state: State = "preflight"
         self._flow: Flow | None = None
-        self._prefault: Prefault | None = None
         self._last_counts = (0, 0)
         self._total_bytes = 0
         self._fallbacks: list[str] = []
@@ -145,8 +134,6 @@ class Job:
         except BaseException as exc:  # noqa: BLE001 (whatever it is belongs to those who wait for the load)
             error = exc
         if error is not None:
-            if self._prefault is not None:
-                self._prefault.stop()
             # Its frames refer to the model, and whoever keeps the error keeps them. Not later than here: once others
             # can raise it, it collects frames of theirs, and to clear a coroutine's is to end it.
             traceback.clear_frames(error.__traceback__)
@@ -187,75 +174,52 @@ class Job:
             stack.callback(prepared.placement.release)
             if prepared.backend.lands:
                 stack.enter_context(engine.borrow(prepared.placement.staged_bytes))
-            plan, backend = prepared.plan, prepared.backend
-            self._total_bytes = plan.num_bytes
-            config = sink.prefetch_config
-            found = look_at_cache(plan, source, config)
-            if found.unknown:
-                self.fall_back(_RESIDENCY_UNKNOWN)
-            has_slots = engine.prepare_memory(
-                plan,
-                backend,
-                io=config.io,
-                num_cold=found.num_cold,
-                delivers=sink.delivers,
-                on_fallback=self.fall_back,
-            )
-            if has_slots:
-                stack.callback(engine.leave_ring)
-            tuner = make_tuner(
-                plan,
+            self._total_bytes = prepared.plan.num_bytes
+            pipeline = Pipeline.open(
+                engine,
+                checkpoint,
                 source,
-                found,
-                config,
-                workers=engine.num_workers,
-                adaptive=engine.config.scheduler.adaptive,
-                has_slots=has_slots,
+                sink,
+                prepared.plan,
+                to=(prepared.backend, self._streams.get(prepared.backend.device)),
+                ledger=self._ledger,
+                fall_back=self.fall_back,
             )
-            blocks = _BlockAccount(engine, backend, delivered=sink.delivers)
-            stack.callback(blocks.close)
-            stream = self._streams.get(backend.device)
-            mappings = self._map(checkpoint, plan)
-            given = [torch.frombuffer(memory, dtype=torch.uint8) for memory in mappings]
-            stage = DeviceStage(backend, plan.layout, stream=stream, on_block=blocks.change, given=given)
-            del given
-            stack.callback(stage.close)
-            reading = Reading(source, tuner, found.resident, engine.readers.widen)
-            flow = self._flow = Flow(plan, reading, stage, engine.ring, engine.clock, self._ledger, sink.admit)
+            stack.callback(pipeline.close)
+            self._flow = pipeline.flow
             self._check_stop()  # asked before there was a flow to stop
-            sink.open(prepared, stage)
+            sink.open(prepared, pipeline.stage)
             self.started.set_result(None)
             try:
-                self._pump(sink, stage, flow, plan)
+                self._pump(sink, pipeline)
                 self._ledger.enter("bind")
                 self._state = "finishing"
                 checkpoint.check_unchanged()
                 self.readiness.mark(sink.finish())
             except BaseException as error:
+                pipeline.end(error)
                 self._undo(sink, error)
                 raise
             self._ledger.enter("other")
-            decisions = [found.describe(), *tuner.decisions, f"read in the end: {tuner.setting}"] if plan.chunks else []
-            if prepared.strategy == "map":
-                count = f"{len(plan.given)} of {len(plan.layout.places)} tensors"
-                decisions.append(f"map: {count} are views of the files; the others were read")
-            return self._report(checkpoint, prepared, stage, blocks, peak, decisions)
+            pipeline.remember(checkpoint)
+            return self._report(checkpoint, prepared, pipeline, peak)
 
-    def _pump(self, sink: Sink, stage: DeviceStage, flow: Flow, plan: LoadPlan) -> None:
+    def _pump(self, sink: Sink, pipeline: Pipeline) -> None:
         """Submit what is filled and place what is copied, until everything is placed; leave nothing at work."""
         timeout_s = self._engine.config.scheduler.timeout_s
         deadline = None if timeout_s is None else self._begin + timeout_s
+        plan, stage, flow = pipeline.plan, pipeline.stage, pipeline.flow
         # Places without bytes are taken below, and not once more with the chunk around them.
         parts = {**plan.parts, **dict.fromkeys(plan.empty, -1)}
         self._state = "loading"
-        readers = self._engine.readers
         try:
             stage.open()
-            self._ledger.enter("bind")
+            flow.enter("bind")
             self.readiness.mark(sink.take(list(plan.empty)))
+            pipeline.start_prefault()
             self._bind_given(sink, flow, plan)
-            flow.start()
-            readers.attach(flow)
+            flow.enter("pipeline")
+            pipeline.start()
             while (step := flow.next(deadline, timeout_s)) is not None:
                 if isinstance(step, Filled):
                     _submit(step, stage, flow)
@@ -267,28 +231,7 @@ class Job:
             flow.stop(error)
             raise
         finally:
-            readers.detach(flow)
-            stuck = flow.drain(_GRACE_S)
-            if stuck:
-                readers.replace_stuck(stuck)
-                self.fall_back(f"{stuck} reads did not return and were given up; their slots are lost to this Loader")
-
-    def _map(self, checkpoint: Checkpoint, plan: LoadPlan) -> list[memoryview]:
-        """Map the shards, if the plan says so, and have them brought in while tensors are bound, and after that.
-
-        A load that fails ends that.
-        """
-        if not plan.layout.num_given:
-            return []
-        try:
-            mappings = [map_shard(shard) for shard in checkpoint.shards]
-        except OSError as exc:
-            raise ReadError(
-                f"the file system cannot map files: {exc.strerror}", file=checkpoint.path, hint="Set strategy to stream"
-            ) from exc
-        prefault = self._prefault = Prefault(mappings, plan.given_ranges)
-        self._engine.prefault(prefault)
-        return mappings
+            pipeline.drain()
 
     def _bind_given(self, sink: Sink, flow: Flow, plan: LoadPlan) -> None:
         """Place what is where it belongs already, in parts, so that others get their turn and a stop is seen."""
@@ -320,15 +263,7 @@ class Job:
     def _count_retry(self) -> None:
         self._num_retries += 1
 
-    def _report(
-        self,
-        checkpoint: Checkpoint,
-        prepared: Prepared,
-        stage: DeviceStage,
-        blocks: _BlockAccount,
-        peak: Peak,
-        decisions: list[str],
-    ) -> LoadReport:
+    def _report(self, checkpoint: Checkpoint, prepared: Prepared, pipeline: Pipeline, peak: Peak) -> LoadReport:
         placement, backend, plan, strategy = prepared
         wall_s = self._ledger.wall_s
         pinned_bytes = self._engine.ring.statistics().pinned_bytes if backend.pinnable else 0
@@ -352,10 +287,10 @@ class Job:
             overlap=self._ledger.overlap,
             host_peak_bytes=peak.value,
             pinned_bytes=pinned_bytes,
-            device_peak_bytes=blocks.device_peak_bytes,
-            num_copies=stage.num_copies,
+            device_peak_bytes=pipeline.blocks.device_peak_bytes,
+            num_copies=pipeline.stage.num_copies,
             num_retries=self._num_retries,
-            decisions=tuple(decisions),
+            decisions=tuple(pipeline.decisions()),
             fallbacks=tuple(self._fallbacks),
             missing_keys=tuple(placement.missing_keys),
             unexpected_keys=tuple(placement.unexpected_keys),
@@ -371,34 +306,6 @@ def _submit(filled: Filled, stage: DeviceStage, flow: Flow) -> None:
         flow.not_submitted(filled)
         raise
     flow.submitted(filled, event)
-
-
-class _BlockAccount:
-    """Enters a load's blocks into the host's account, or adds them up for the device.
-
-    Blocks in host memory that parameters take stay entered until the load ends; those that a consumer takes are its
-    own from then on.
-    """
-
-    def __init__(self, engine: Engine, backend: Backend, *, delivered: bool) -> None:
-        self.device_peak_bytes = 0
-        self._account = engine.account if backend.lands else None
-        self._is_device = not backend.lands and backend.device.type != "meta"
-        self._delivered = delivered
-        self._held = 0
-
-    def change(self, num_bytes: int) -> None:
-        if num_bytes < 0 and not self._delivered:
-            return
-        self._held += num_bytes
-        if self._is_device:
-            self.device_peak_bytes = max(self.device_peak_bytes, self._held)
-        if self._account is not None:
-            self._account.hold(num_bytes)
-
-    def close(self) -> None:
-        if self._account is not None:
-            self._account.release(self._held)
 
 
 def _completed(chunks: list[Chunk], parts: dict[int, int]) -> list[int]:

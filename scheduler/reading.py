@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.source import Source
-from weightstream.prefetch.tuner import FIRST_READ_BYTES, MAX_WORKERS, Setting, Tuner
+from weightstream.prefetch.tuner import FIRST_READ_BYTES, FIRST_WORKERS, MAX_WORKERS, Setting, Tuner
 from weightstream.scheduler.plan import LoadPlan
 
 __all__ = ["Reading", "Residency", "look_at_cache", "make_tuner"]
@@ -63,6 +63,7 @@ def make_tuner(
     workers: int,
     adaptive: bool,
     has_slots: bool,
+    known: Setting | None,
 ) -> Tuner:
     """Make the tuner of a load.
 
@@ -74,14 +75,22 @@ def make_tuner(
         workers: the number of reads at a time to begin with.
         adaptive: whether their number, unless it was asked for, and their size may change.
         has_slots: whether there are slots, which direct reads need.
+        known: what an earlier load from the same file system ended with, if there was one.
     """
     cold = [chunk for chunk, resident in zip(plan.chunks, found.resident, strict=True) if not resident]
     can_direct = config.io == "auto" and has_slots and any(source.has_direct(chunk.source.shard) for chunk in cold)
     read_bytes = min(FIRST_READ_BYTES, config.chunk) if adaptive else config.chunk
+    follows = adaptive and config.workers == "auto"
+    if follows and cold:
+        workers = max(workers, FIRST_WORKERS)
+    first = Setting(direct=config.io == "direct", workers=workers, read_bytes=read_bytes)
+    if known is not None and follows and cold and (can_direct or known.direct == first.direct):
+        first = known
     return Tuner(
-        Setting(direct=config.io == "direct", workers=workers, read_bytes=read_bytes),
+        first,
+        is_known=first is known,
         total_bytes=sum(chunk.num_bytes for chunk in cold),
         can_direct=can_direct,
-        max_workers=MAX_WORKERS if adaptive and config.workers == "auto" else None,
+        max_workers=MAX_WORKERS if follows else None,
         max_read_bytes=config.chunk if adaptive else None,
     )

@@ -165,7 +165,7 @@ async def test_leaving_the_loader_cancels_what_runs(rig: Rig, saved: Saved) -> N
     before = [contents(model) for model in models]
     gate = rig.disk.stop_at(2)
     with leaves_nothing():
-        loader = await rig.loader(num_slots=3).__aenter__()
+        loader = await rig.loader(workers=1, num_slots=3).__aenter__()  # the one worker waits at the gate
         handles = [await loader.start(model, path) for model in models]
         gate.wait_reached()
         leaving = asyncio.create_task(loader.__aexit__(None, None, None))  # in another task than it was entered in

@@ -15,7 +15,7 @@ from tests.fakes.rig import KIB, Rig
 from tests.fakes.ring import STALE
 from tests.models import SmallNet, tensors_of
 from weightstream.device.backend import Event
-from weightstream.scheduler import job
+from weightstream.scheduler import pipeline
 from weightstream.scheduler.flow import Filled, Flow
 
 MakeRig = Callable[..., Rig]
@@ -88,7 +88,7 @@ async def test_slot_that_is_reused_too_early_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, io: Any, accelerator: type[FakeAccelerator], flow: type[Flow]
 ) -> None:
     """The stage is broken on purpose: what the tests above rely on is that this would show."""
-    monkeypatch.setattr(job, "Flow", flow)
+    monkeypatch.setattr(pipeline, "Flow", flow)
     rig = Rig(io=io, accelerator=accelerator)
     with torch.device("meta"):
         model = SmallNet()

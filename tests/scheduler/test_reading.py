@@ -99,7 +99,7 @@ async def test_stuck_part_costs_the_slot_of_its_chunk_alone(
 
 
 async def test_many_workers_are_taken_where_each_read_waits_long(make_rig: MakeRig, tmp_path: Path) -> None:
-    """A read waits for a second, beside all others: 600 reads, which two workers would take 300 s for."""
+    """A read waits for a second, beside all others: 600 reads, which eight workers would take 75 s for."""
     rig = make_rig("host", latency_s=1.0)
     tensors = {f"t{i}": torch.randint(256, (64 * KIB,), dtype=torch.uint8) for i in range(600)}
     path = write_in_order(tmp_path, tensors)

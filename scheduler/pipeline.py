@@ -1,0 +1,209 @@
+"""The pipeline of one load: everything that its bytes go through, put together from a plan, and taken apart again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from weightstream.device.backend import Backend
+from weightstream.device.stage import DeviceStage
+from weightstream.errors import ReadError
+from weightstream.prefetch.checkpoint import Checkpoint
+from weightstream.prefetch.mapping import Prefault, map_shard
+from weightstream.prefetch.source import Source
+from weightstream.prefetch.tuner import Tuner
+from weightstream.scheduler.engine import Engine
+from weightstream.scheduler.flow import Flow
+from weightstream.scheduler.ledger import Ledger
+from weightstream.scheduler.plan import LoadPlan
+from weightstream.scheduler.reading import Reading, Residency, look_at_cache, make_tuner
+from weightstream.scheduler.sinks import Sink
+
+__all__ = ["BlockAccount", "Pipeline"]
+
+#: How long a load that was stopped waits for a read in hand before it gives the read up. Not measured: an ordinary
+#: read of one chunk takes milliseconds, and Ctrl-C should end a program within a second.
+_GRACE_S = 0.5
+
+_RESIDENCY_UNKNOWN = (
+    "what is in the page cache is unknown, because the files belong to somebody else: found out by measuring"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """See the module. Made by `open`, and closed after `drain` or `end`.
+
+    Attributes:
+        plan: what goes through it.
+        found: what of that was in the page cache.
+        tuner: has found out how to read the rest.
+        blocks: how much memory its blocks take.
+        stage: carries bytes to them.
+        flow: says who may go on.
+        prefault: brings mapped files in, if there are some; goes on after the load, unless that fails.
+    """
+
+    plan: LoadPlan
+    found: Residency
+    tuner: Tuner
+    blocks: BlockAccount
+    stage: DeviceStage
+    flow: Flow
+    prefault: Prefault | None
+    _engine: Engine
+    _resources: ExitStack
+    _fall_back: Callable[[str], None]
+
+    @classmethod
+    def open(
+        cls,
+        engine: Engine,
+        checkpoint: Checkpoint,
+        source: Source,
+        sink: Sink,
+        plan: LoadPlan,
+        *,
+        to: tuple[Backend, object],
+        ledger: Ledger,
+        fall_back: Callable[[str], None],
+    ) -> Pipeline:
+        """Put it together. Nothing is read before `start`.
+
+        Args:
+            engine: whose threads and memory it uses.
+            checkpoint: what is loaded.
+            source: where its bytes come from.
+            sink: where they go in the end.
+            plan: how.
+            to: the device, and the user's stream there.
+            ledger: where its time is booked.
+            fall_back: told of every downgrade.
+
+        Raises:
+            MemoryBudgetError: there is not enough memory.
+            ReadError: files cannot be mapped.
+        """
+        config = sink.prefetch_config
+        backend, stream = to
+        with ExitStack() as stack:
+            found = look_at_cache(plan, source, config)
+            if found.unknown:
+                fall_back(_RESIDENCY_UNKNOWN)
+            has_slots = engine.prepare_memory(
+                plan,
+                backend,
+                io=config.io,
+                num_cold=found.num_cold,
+                delivers=sink.delivers,
+                on_fallback=fall_back,
+            )
+            if has_slots:
+                stack.callback(engine.leave_ring)
+            tuner = make_tuner(
+                plan,
+                source,
+                found,
+                config,
+                workers=engine.num_workers,
+                adaptive=engine.config.scheduler.adaptive,
+                has_slots=has_slots,
+                known=engine.known_settings.get(checkpoint.file_system),
+            )
+            engine.readers.widen(tuner.setting.workers)
+            blocks = BlockAccount(engine, backend, delivered=sink.delivers)
+            stack.callback(blocks.close)
+            prefault, given = _map(checkpoint, plan)
+            stage = DeviceStage(backend, plan.layout, stream=stream, on_block=blocks.change, given=given)
+            stack.callback(stage.close)
+            reading = Reading(source, tuner, found.resident, engine.readers.widen)
+            flow = Flow(plan, reading, stage, engine.ring, engine.clock, ledger, sink.admit)
+            return cls(plan, found, tuner, blocks, stage, flow, prefault, engine, stack.pop_all(), fall_back)
+
+    def start(self) -> None:
+        """Let readers begin."""
+        self._engine.readers.attach(self.flow)
+
+    def start_prefault(self) -> None:
+        """Have mapped files brought in, if there are some."""
+        if self.prefault is not None:
+            self._engine.prefault(self.prefault)
+
+    def drain(self) -> None:
+        """Wait until no reader and no copy is at work. The flow must have ended, or have been stopped."""
+        self._engine.readers.detach(self.flow)
+        stuck = self.flow.drain(_GRACE_S)
+        if stuck:
+            self._engine.readers.replace_stuck(stuck)
+            self._fall_back(f"{stuck} reads did not return and were given up; their slots are lost to this Loader")
+
+    def end(self, error: BaseException) -> None:
+        """Let nothing go on, and wait until nothing does; also if it has ended by itself."""
+        if self.prefault is not None:
+            self.prefault.stop()
+        self.flow.stop(error)
+        self.drain()
+
+    def remember(self, checkpoint: Checkpoint) -> None:
+        """Let later loads from the same file system begin with what this one has found out."""
+        if self.tuner.has_settled:
+            self._engine.known_settings[checkpoint.file_system] = self.tuner.setting
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        self._resources.close()
+
+    def decisions(self) -> list[str]:
+        """Say how it was read, and why so."""
+        said: list[str] = []
+        if self.plan.chunks:
+            said = [self.found.describe(), *self.tuner.decisions, f"read in the end: {self.tuner.setting}"]
+        if self.plan.layout.num_given:
+            count = f"{len(self.plan.given)} of {len(self.plan.layout.places)} tensors"
+            said.append(f"map: {count} are views of the files; the others were read")
+        return said
+
+
+class BlockAccount:
+    """Enters a load's blocks into the host's account, or adds them up for the device.
+
+    Blocks in host memory that parameters take stay entered until the load ends; those that a consumer takes are its
+    own from then on.
+    """
+
+    def __init__(self, engine: Engine, backend: Backend, *, delivered: bool) -> None:
+        self.device_peak_bytes = 0
+        self._account = engine.account if backend.lands else None
+        self._is_device = not backend.lands and backend.device.type != "meta"
+        self._delivered = delivered
+        self._held = 0
+
+    def change(self, num_bytes: int) -> None:
+        if num_bytes < 0 and not self._delivered:
+            return
+        self._held += num_bytes
+        if self._is_device:
+            self.device_peak_bytes = max(self.device_peak_bytes, self._held)
+        if self._account is not None:
+            self._account.hold(num_bytes)
+
+    def close(self) -> None:
+        if self._account is not None:
+            self._account.release(self._held)
+
+
+def _map(checkpoint: Checkpoint, plan: LoadPlan) -> tuple[Prefault | None, list[torch.Tensor]]:
+    """Map the shards, if the plan says so; return what brings them in, and their bytes."""
+    if not plan.layout.num_given:
+        return None, []
+    try:
+        mappings = [map_shard(shard) for shard in checkpoint.shards]
+    except OSError as exc:
+        raise ReadError(
+            f"the file system cannot map files: {exc.strerror}", file=checkpoint.path, hint="Set strategy to stream"
+        ) from exc
+    given = [torch.frombuffer(memory, dtype=torch.uint8) for memory in mappings]
+    return Prefault(mappings, plan.given_ranges), given
