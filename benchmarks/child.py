@@ -97,7 +97,7 @@ def measure(job: Job) -> dict[str, Any]:
         "status": "done",
         "num_bytes": case.num_bytes,
         "version": version(arm.package),
-        "report": case.report,
+        "report": {**case.report, "checkpoint": case.path.name} if case.report else {},  # no path of this machine
         **found,
     }
 

@@ -83,7 +83,9 @@ def make_tuner(
     follows = adaptive and config.workers == "auto"
     if follows and cold:
         workers = max(workers, FIRST_WORKERS)
-    first = Setting(direct=config.io == "direct", workers=workers, read_bytes=read_bytes)
+    # What is surely cold begins past the page cache, where that is possible; what may be warm, through it.
+    direct = config.io == "direct" or (can_direct and not found.unknown)
+    first = Setting(direct=direct, workers=workers, read_bytes=read_bytes)
     if known is not None and follows and cold and (can_direct or known.direct == first.direct):
         first = known
     return Tuner(

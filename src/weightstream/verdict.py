@@ -197,7 +197,14 @@ def print_findings(console: Console, found: Findings) -> None:
             f"{load.name}: {rate}, {found.share(load):.0%} of the ceiling"
             f" ({ceiling.name}: {format_rate(ceiling.bytes_per_s)})",
         )
-        print_facts(console, [("why", found.bound(load)), *(("note", sentence) for sentence in report.fallbacks)])
+        print_facts(
+            console,
+            [
+                ("why", found.bound(load)),
+                *(("reads", sentence) for sentence in report.decisions),
+                *(("note", sentence) for sentence in report.fallbacks),
+            ],
+        )
     if found.notes:
         console.print()
         print_facts(console, [("note", sentence) for sentence in found.notes])
