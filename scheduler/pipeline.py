@@ -160,7 +160,9 @@ class Pipeline:
         """Say how it was read, and why so."""
         said: list[str] = []
         if self.plan.chunks:
-            said = [self.found.describe(), *self.tuner.decisions, f"read in the end: {self.tuner.setting}"]
+            said.append(self.found.describe())
+            if self.found.num_cold:
+                said += [*self.tuner.decisions, f"read in the end: {self.tuner.setting}"]
         if self.plan.layout.num_given:
             count = f"{len(self.plan.given)} of {len(self.plan.layout.places)} tensors"
             said.append(f"map: {count} are views of the files; the others were read")
