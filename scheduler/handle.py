@@ -13,9 +13,9 @@ from typing import Self, TypeVar
 import anyio
 import torch
 
+from weightstream.scheduler.consumer import ConsumerSink
 from weightstream.scheduler.job import Job
 from weightstream.scheduler.report import LoadReport, Progress
-from weightstream.scheduler.sinks import ConsumerSink
 
 __all__ = ["LoadHandle", "TensorStream", "in_own_thread", "insist", "outlast", "settle", "stop_and_settle"]
 

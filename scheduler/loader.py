@@ -17,6 +17,7 @@ from torch import nn
 
 from weightstream.device.accelerator import caller_streams
 from weightstream.scheduler.config import Settings
+from weightstream.scheduler.consumer import ConsumerSink
 from weightstream.scheduler.engine import Engine, Machine
 from weightstream.scheduler.handle import (
     LoadHandle,
@@ -29,7 +30,7 @@ from weightstream.scheduler.handle import (
 )
 from weightstream.scheduler.job import Job
 from weightstream.scheduler.report import LoadReport
-from weightstream.scheduler.sinks import ConsumerSink, ModelSink, NowhereSink, Sink
+from weightstream.scheduler.sinks import ModelSink, NowhereSink, Sink
 
 __all__ = ["Loader", "make_job"]
 

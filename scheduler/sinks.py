@@ -1,11 +1,7 @@
-"""Sinks: what becomes of a load's tensors. They go into a model, or to a consumer, or nowhere."""
+"""Sinks: what becomes of a load's tensors. They go into a model, or nowhere; or to a consumer (`consumer`)."""
 
 from __future__ import annotations
 
-import threading
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,17 +9,16 @@ from torch import nn
 
 from weightstream.device.backend import Backend
 from weightstream.device.binding import Binder
-from weightstream.device.layout import IN_SLOT
 from weightstream.device.placement import Placement, deliver, match
 from weightstream.device.stage import DeviceStage
-from weightstream.errors import MemoryBudgetError, PlacementError, WeightstreamError
+from weightstream.errors import PlacementError, WeightstreamError
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.header import TensorSpec
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.plan import Chunk, LoadPlan, make_plan
 
-__all__ = ["ConsumerSink", "ModelSink", "NowhereSink", "Prepared", "Sink"]
+__all__ = ["ModelSink", "NowhereSink", "Prepared", "Sink", "prepare_delivery"]
 
 #: Tensors of this size or more have storage of their own, smaller ones share blocks of the second size. Not measured:
 #: one copy of 1 MiB takes some 20 us on a 53 GB/s bus, several times what submitting it costs.
@@ -160,7 +155,7 @@ class NowhereSink:
         return self._engine.config.prefetch.model_copy(update={"io": "buffered"})
 
     def prepare(self, checkpoint: Checkpoint) -> Prepared:
-        return _prepare_delivery(self._engine, checkpoint, torch.device("meta"), maps=False)
+        return prepare_delivery(self._engine, checkpoint, torch.device("meta"), maps=False)
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
         """Nothing to get ready."""
@@ -181,177 +176,6 @@ class NowhereSink:
         """Nothing is held."""
 
 
-class ConsumerSink:
-    """Hands tensors to a consumer, one by one, and lets readers get only so far ahead of it.
-
-    Blocks that have been asked for and not yet been delivered are kept below a window. In host memory the window is
-    what the budget has left, and is taken from it; on a device it is as many bytes of device memory. What the consumer
-    needs next is always admitted, or it would wait for ever.
-    """
-
-    delivers = True
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._lock = threading.Lock()
-        self._ready: deque[tuple[str, torch.Tensor, int]] = deque()
-        self._waiter: Future[None] | None = None
-        self._ended = False
-        self._error: BaseException | None = None
-        self._window_bytes = 0
-        self._taken_bytes = 0
-        #: Finished ahead of one that lies before them, by place: reads overtake each other.
-        self._finished: dict[int, tuple[str, torch.Tensor, int]] = {}
-        self._num_ordered = 0
-        self._num_delivered = 0
-        self._outstanding: dict[int, int] = {}
-        self._admitted: set[int] = set()
-        self._held_bytes = 0
-        self._prepared: Prepared | None = None
-        self._stage: DeviceStage | None = None
-
-    @property
-    def prefetch_config(self) -> PrefetchConfig:
-        return self._engine.config.prefetch
-
-    def prepare(self, checkpoint: Checkpoint) -> Prepared:
-        maps = self._engine.config.strategy == "map"
-        return _prepare_delivery(self._engine, checkpoint, self._engine.default_device(), maps=maps)
-
-    def open(self, prepared: Prepared, stage: DeviceStage) -> None:
-        """Take the window.
-
-        Raises:
-            MemoryBudgetError: a block is larger than what the budget has left.
-        """
-        budget = self._engine.budget
-        layout = prepared.plan.layout
-        blocks = layout.blocks[layout.num_given :]
-        largest, total = max(blocks, default=0), sum(blocks)
-        self._prepared, self._stage = prepared, stage
-        self._window_bytes = budget.limit_bytes
-        if prepared.backend.lands:
-            # Half of what is left, so that another stream finds something too, but all that this one cannot do without.
-            self._engine.make_room(min(total, max(largest, budget.limit_bytes // 4)))
-            self._window_bytes = min(total, max(largest, budget.left_bytes // 2))
-            if not budget.take(self._window_bytes):
-                needed = budget.limit_bytes - budget.left_bytes + largest
-                raise MemoryBudgetError(
-                    "the largest tensor does not fit into what other loads leave of prefetch.host_memory",
-                    tensor=self._largest_tensor(),
-                    expected=f"{largest} bytes",
-                    actual=f"{budget.left_bytes} bytes",
-                    hint=f"Set prefetch.host_memory to {needed} bytes or more",
-                )
-            self._taken_bytes = self._window_bytes
-
-    def _largest_tensor(self) -> str:
-        assert self._prepared is not None
-        return max(self._prepared.placement.places, key=lambda place: place.num_bytes).name
-
-    def admit(self, chunk: Chunk) -> bool:
-        assert self._prepared is not None
-        layout = self._prepared.plan.layout
-        transfer = chunk.transfer
-        blocks = {layout.block_of[place] for place in range(transfer.first, transfer.stop)} - {IN_SLOT}
-        with self._lock:
-            new = blocks - self._admitted
-            needed = sum(layout.blocks[block] for block in new)
-            is_next = transfer.first <= self._num_delivered  # the consumer has everything that comes before
-            if new and not is_next and self._held_bytes + needed > self._window_bytes:
-                return False
-            self._admitted |= new
-            self._held_bytes += needed
-            for block in new:
-                self._outstanding[block] = layout.members[block]
-            return True
-
-    def take(self, places: list[int]) -> list[str]:
-        assert self._prepared is not None
-        assert self._stage is not None
-        described = self._prepared.placement.places
-        block_of = self._prepared.plan.layout.block_of
-        tensors = self._stage.take(places)
-        for place, tensor in zip(places, tensors, strict=True):
-            self._finished[place] = described[place].name, tensor, block_of[place]
-        with self._lock:
-            while (item := self._finished.pop(self._num_ordered, None)) is not None:
-                self._num_ordered += 1
-                self._ready.append(item)
-        self._notify()
-        return []
-
-    def finish(self) -> list[str]:
-        return []
-
-    def rollback(self) -> tuple[str, ...]:
-        self._finished.clear()
-        with self._lock:
-            self._ready.clear()
-        return ()
-
-    def end(self, error: BaseException | None) -> None:
-        self._engine.budget.give(self._taken_bytes)
-        self._taken_bytes = 0
-        self._stage = None
-        with self._lock:
-            self._ended, self._error = True, error
-        self._notify()
-
-    def next_nowait(self) -> tuple[str, torch.Tensor] | None:
-        """Return the next tensor; or None where there is none yet, or, once `ended`, none any more.
-
-        A tensor counts as delivered from then on: its memory is the consumer's. To be called by one consumer.
-        """
-        with self._lock:
-            if not self._ready:
-                return None
-            name, tensor, block = self._ready.popleft()
-            self._num_delivered += 1
-            has_room = self._let_go(block) or not self._ready
-        if has_room:
-            self._engine.readers.wake()
-        return name, tensor
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more will come."""
-        return self._ended and not self._ready
-
-    @property
-    def error(self) -> BaseException | None:
-        return self._error
-
-    def wait(self) -> Future[None]:
-        """Return a future that resolves as soon as `next_nowait` or `ended` has something to say."""
-        future: Future[None] = Future()
-        future.set_running_or_notify_cancel()
-        with self._lock:
-            if not self._ready and not self._ended:
-                self._waiter = future
-                return future
-        future.set_result(None)
-        return future
-
-    def _notify(self) -> None:
-        with self._lock:
-            waiter, self._waiter = self._waiter, None
-        if waiter is not None:
-            waiter.set_result(None)
-
-    def _let_go(self, block: int) -> bool:
-        """Count a tensor as delivered; return whether it was the last of its block. The lock is held."""
-        if block not in self._outstanding:  # without bytes, or in a mapped file
-            return False
-        assert self._prepared is not None
-        self._outstanding[block] -= 1
-        if self._outstanding[block]:
-            return False
-        del self._outstanding[block]
-        self._held_bytes -= self._prepared.plan.layout.blocks[block]
-        return True
-
-
 def _mapped(engine: Engine, checkpoint: Checkpoint, backend: Backend) -> list[int] | None:
     """Return the sizes of the shards if the strategy is to map them.
 
@@ -370,7 +194,7 @@ def _mapped(engine: Engine, checkpoint: Checkpoint, backend: Backend) -> list[in
     return [shard.num_bytes for shard in checkpoint.shards]
 
 
-def _prepare_delivery(engine: Engine, checkpoint: Checkpoint, device: torch.device, *, maps: bool) -> Prepared:
+def prepare_delivery(engine: Engine, checkpoint: Checkpoint, device: torch.device, *, maps: bool) -> Prepared:
     """Plan a load without a model: blocks no larger than a chunk, large tensors in chunks of their own."""
     config = engine.config
     specs = sorted(checkpoint.tensors.values(), key=_file_order)
@@ -392,21 +216,3 @@ def _prepare_delivery(engine: Engine, checkpoint: Checkpoint, device: torch.devi
 
 def _file_order(spec: TensorSpec) -> tuple[int, int]:
     return spec.shard, spec.begin
-
-
-def drain(sink: ConsumerSink) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield from a sink on the calling thread, blocking it, until the load ends.
-
-    Raises:
-        WeightstreamError: whatever ended the load.
-    """
-    while True:
-        item = sink.next_nowait()
-        if item is not None:
-            yield item
-        elif sink.ended:
-            if sink.error is not None:
-                raise sink.error
-            return
-        else:
-            sink.wait().result()

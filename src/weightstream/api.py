@@ -13,11 +13,12 @@ from torch import nn
 from weightstream.config import LoaderConfig
 from weightstream.device.accelerator import caller_streams
 from weightstream.scheduler import loader as scheduler
+from weightstream.scheduler.consumer import ConsumerSink, drain
 from weightstream.scheduler.engine import Engine, Machine
 from weightstream.scheduler.handle import in_own_thread
 from weightstream.scheduler.job import Job
 from weightstream.scheduler.report import LoadReport
-from weightstream.scheduler.sinks import ConsumerSink, ModelSink, drain
+from weightstream.scheduler.sinks import ModelSink
 
 __all__ = ["Loader", "iter_tensors", "load", "load_sync"]
 
