@@ -56,8 +56,8 @@ class PrefetchConfig(BaseModel):
     )
     host_memory: Size = Field(
         default=2**30,
-        description="Ceiling, in bytes, for the host memory that a Loader stages with: its ring of slots and the "
-        "tensors that `stream()` has not delivered yet. Weights whose own place is host memory are not counted.",
+        description="Ceiling, in bytes, for the host memory that a Loader stages with: its ring of slots, what "
+        "`strategy: preload` holds, and the tensors that `stream()` has not delivered yet. Weights whose own place is host memory are not counted.",
     )
     io: Literal["auto", "buffered", "direct"] = Field(
         default="auto",

@@ -26,12 +26,16 @@ def slot_bytes_for(chunk_bytes: int) -> int:
 
 
 class Segment:
-    """One mapping of the ring. `settled` is set once it is page-locked, or once that was refused (`pinned` false)."""
+    """One mapping of the ring. `settled` is set once it is page-locked, or once that was refused (`pinned` false).
+
+    `wanted`: false once its ring is closed; there is no use in page-locking it any more.
+    """
 
     def __init__(self, memory: mmap.mmap) -> None:
         self.memory = memory
         self.num_bytes = len(memory)
         self.pinned = False
+        self.wanted = True
         self.settled = threading.Event()
 
 
@@ -152,6 +156,7 @@ class Ring:
             segments, self._segments, self._free = self._segments, [], []
             self._num_slots = 0
         for segment in segments:
+            segment.wanted = False
             self._account.release(segment.num_bytes)
             self._budget.give(segment.num_bytes)
         return segments

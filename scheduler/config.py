@@ -13,7 +13,7 @@ from weightstream.prefetch.config import PrefetchConfig
 __all__ = ["SchedulerConfig", "Settings", "Strategy"]
 
 #: How a checkpoint gets into the model. `auto` decides and says why in the report.
-Strategy = Literal["auto", "stream", "map"]
+Strategy = Literal["auto", "stream", "preload", "direct", "map"]
 
 
 class SchedulerConfig(BaseModel):

@@ -17,6 +17,7 @@ from weightstream.prefetch.config import PrefetchConfig
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.plan import Chunk
 from weightstream.scheduler.sinks import Prepared, prepare_delivery
+from weightstream.scheduler.strategy import asked_for
 
 __all__ = ["ConsumerSink", "drain"]
 
@@ -55,31 +56,35 @@ class ConsumerSink:
         return self._engine.config.prefetch
 
     def prepare(self, checkpoint: Checkpoint) -> Prepared:
-        maps = self._engine.config.strategy == "map"
-        return prepare_delivery(self._engine, checkpoint, self._engine.default_device(), maps=maps)
+        decision = asked_for(self._engine.config.strategy)
+        return prepare_delivery(self._engine, checkpoint, self._engine.default_device(), decision)
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
-        """Take the window.
+        """Take the window: with `preload` room for everything, with `direct` for the largest block alone.
 
         Raises:
-            MemoryBudgetError: a block is larger than what the budget has left.
+            MemoryBudgetError: a block, or with `preload` all of them, is larger than what the budget has left.
         """
         budget = self._engine.budget
         layout = prepared.plan.layout
         blocks = layout.blocks[layout.num_given :]
         largest, total = max(blocks, default=0), sum(blocks)
+        strategy = prepared.decision.strategy
+        least = total if strategy == "preload" else largest
         self._prepared, self._stage = prepared, stage
-        self._window_bytes = budget.limit_bytes
+        self._window_bytes = total if strategy == "preload" else budget.limit_bytes
         if prepared.backend.lands:
             # Half of what is left, so that another stream finds something too, but all that this one cannot do without.
-            self._engine.make_room(min(total, max(largest, budget.limit_bytes // 4)))
-            self._window_bytes = min(total, max(largest, budget.left_bytes // 2))
+            self._engine.make_room(min(total, max(least, budget.limit_bytes // 4)))
+            wished = 0 if strategy == "direct" else budget.left_bytes // 2
+            self._window_bytes = min(total, max(least, wished))
             if not budget.take(self._window_bytes):
-                needed = budget.limit_bytes - budget.left_bytes + largest
+                needed = budget.limit_bytes - budget.left_bytes + least
                 raise MemoryBudgetError(
-                    "the largest tensor does not fit into what other loads leave of prefetch.host_memory",
-                    tensor=self._largest_tensor(),
-                    expected=f"{largest} bytes",
+                    f"{'the checkpoint' if strategy == 'preload' else 'the largest tensor'} does not fit into what other"
+                    " loads leave of prefetch.host_memory",
+                    tensor=None if strategy == "preload" else self._largest_tensor(),
+                    expected=f"{least} bytes",
                     actual=f"{budget.left_bytes} bytes",
                     hint=f"Set prefetch.host_memory to {needed} bytes or more",
                 )

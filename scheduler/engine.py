@@ -29,6 +29,7 @@ from weightstream.prefetch.tuner import Setting
 from weightstream.scheduler.clock import Clock, SystemClock
 from weightstream.scheduler.config import Settings
 from weightstream.scheduler.plan import LoadPlan
+from weightstream.scheduler.strategy import DIRECT_SLOTS, ChosenStrategy, OwnSlots, slots_of_own
 
 __all__ = ["Engine", "Machine", "OpenSource"]
 
@@ -72,10 +73,6 @@ class Machine:
     open_backend: Callable[[torch.device], Backend] = open_backend
     ring: type[Ring] = Ring
 
-
-#: Slots for direct reads of a load that may or may not come to use them. Not measured: eight are read into while eight
-#: are copied from.
-_DIRECT_SLOTS = 16
 
 _PINNING_REFUSED = "page-locking host memory was refused: copies to the device are pageable and slower"
 
@@ -145,42 +142,47 @@ class Engine:
         self,
         plan: LoadPlan,
         backend: Backend,
+        strategy: ChosenStrategy,
         *,
         io: Literal["auto", "buffered", "direct"],
         num_cold: int,
         delivers: bool,
         on_fallback: Callable[[str], None],
-    ) -> bool:
-        """Make sure that a plan fits into memory, and that the ring has slots for it.
+    ) -> Ring | None:
+        """Make sure that a plan fits into memory, and that there is a ring with slots for it.
 
-        Page-locking goes on in the background, segment by segment, while reading starts.
+        Page-locking goes on in the background, segment by segment, while reading starts. `preload` and `direct` get
+        a ring of their own, of just the size they need, which goes when they end.
 
         Args:
             plan: what is loaded.
             backend: where to.
+            strategy: how.
             io: how it is read; direct reads need slots.
             num_cold: how many chunks are not in the page cache.
             delivers: whether a consumer takes the blocks one by one.
             on_fallback: told if page-locking is refused.
 
         Returns:
-            Whether there are slots for the load, which has to call `leave_ring` when it ends.
+            The ring with the load's slots, which has to be given to `leave_ring` when the load ends. None: it needs none.
 
         Raises:
             MemoryBudgetError: the host, its budget or the device has too little.
         """
         self._check_room(plan, backend, delivers=delivers)
+        if strategy in ("preload", "direct"):
+            return self._own_ring(plan, backend, slots_of_own(plan, strategy, io), on_fallback)
         needed = sum(1 for chunk in plan.chunks if io == "direct" or chunk.transfer.slot_bytes)
-        wished = max(needed, min(num_cold, _DIRECT_SLOTS)) if io == "auto" else needed
+        wished = max(needed, min(num_cold, DIRECT_SLOTS)) if io == "auto" else needed
         if not wished:
-            return False
+            return None
         num_slots = self._num_slots(wished, plan, backend, delivers=delivers)
         with self._lock:
             segments = self.ring.grow(num_slots, numa_node=backend.numa_node)
             found = self.ring.statistics()
             if found.num_slots == found.num_written_off:
                 if not needed:
-                    return False
+                    return None
                 raise MemoryBudgetError(
                     "no slot of the ring fits into what is left of prefetch.host_memory",
                     expected=f"{self.ring.slot_bytes} bytes or more",
@@ -188,14 +190,37 @@ class Engine:
                     hint="Raise prefetch.host_memory, or lower prefetch.chunk",
                 )
             self._num_ring_users += 1
-        if backend.pinnable and self._pinning_refused:
-            on_fallback(_PINNING_REFUSED)
-        if not backend.pinnable:
-            for segment in segments:
-                segment.settled.set()
-        elif segments:
-            self._start_pinning(segments, backend, on_fallback)
-        return True
+        self._pin_or_settle(segments, backend, on_fallback)
+        return self.ring
+
+    def _own_ring(
+        self, plan: LoadPlan, backend: Backend, slots: OwnSlots, on_fallback: Callable[[str], None]
+    ) -> Ring | None:
+        """Make a ring for one load alone; None if it needs no slot, or can do without those that there is no room for."""
+        if not slots.most:
+            return None
+        self.make_room(slots.most * slots.slot_bytes)
+        if backend.lands:
+            needed = slots.needed_bytes + sum(plan.layout.blocks[plan.layout.num_given :])
+            self._check_fits("host memory, with what is staged there", needed, available_bytes())
+        else:
+            self._check_fits("host memory, where they are staged", slots.needed_bytes, available_bytes())
+        left_bytes = self.budget.left_bytes
+        ring = self.machine.ring(slots.slot_bytes, self.budget, self.account, self.readers.wake)
+        segments = ring.grow(slots.most, numa_node=backend.numa_node)
+        if ring.statistics().num_slots < slots.least:
+            ring.close()
+            if slots.optional:
+                return None
+            raise MemoryBudgetError(
+                "what this strategy stages at once does not fit into what is left of prefetch.host_memory",
+                expected=f"{slots.needed_bytes} bytes",
+                actual=f"{left_bytes} bytes",
+                hint=f"Set prefetch.host_memory to {self.budget.limit_bytes - left_bytes + slots.needed_bytes} bytes or"
+                " more, or strategy to stream",
+            )
+        self._pin_or_settle(segments, backend, on_fallback)
+        return ring
 
     def _check_room(self, plan: LoadPlan, backend: Backend, *, delivers: bool) -> None:
         blocks_bytes = sum(plan.layout.blocks[plan.layout.num_given :])
@@ -213,7 +238,15 @@ class Engine:
             num_slots = min(num_slots, max(1, room_bytes // self.ring.slot_bytes))
         return num_slots
 
-    def _start_pinning(self, segments: list[Segment], backend: Backend, on_fallback: Callable[[str], None]) -> None:
+    def _pin_or_settle(self, segments: list[Segment], backend: Backend, on_fallback: Callable[[str], None]) -> None:
+        if backend.pinnable and self._pinning_refused:
+            on_fallback(_PINNING_REFUSED)
+        if not backend.pinnable:
+            for segment in segments:
+                segment.settled.set()
+            return
+        if not segments:
+            return
         pinner = threading.Thread(
             target=self._pin, args=(segments, backend, on_fallback), name="weightstream-pin", daemon=True
         )
@@ -227,10 +260,15 @@ class Engine:
         for segment in gone:
             self._unpin_segment(segment)
 
-    def leave_ring(self) -> None:
-        """Say that a load for which `prepare_memory` returned true has ended."""
-        with self._lock:
-            self._num_ring_users -= 1
+    def leave_ring(self, ring: Ring) -> None:
+        """Give back what `prepare_memory` returned: the load has ended. A ring of its own is freed."""
+        if ring is self.ring:
+            with self._lock:
+                self._num_ring_users -= 1
+            return
+        for segment in ring.close():
+            segment.settled.wait()  # page-locking one segment may be under way; the others are left alone by now
+            self._unpin_segment(segment)
 
     @contextmanager
     def borrow(self, num_bytes: int) -> Generator[None, None, None]:
@@ -281,13 +319,13 @@ class Engine:
     def _pin(self, segments: list[Segment], backend: Backend, on_fallback: Callable[[str], None]) -> None:
         for segment in segments:
             try:
-                unpin = None if self._pinning_refused else backend.pin(segment.memory)
+                unpin = backend.pin(segment.memory) if segment.wanted and not self._pinning_refused else None
             except Exception:  # noqa: BLE001 (the driver's ways of saying no; loads wait for `settled`)
                 unpin = None
             if unpin is not None:
                 self._unpin[segment] = unpin
                 segment.pinned = True
-            else:
+            elif segment.wanted:
                 self._pinning_refused = True
                 on_fallback(_PINNING_REFUSED)
             segment.settled.set()

@@ -232,6 +232,18 @@ class Flow:
         with self._condition:
             self._ledger.enter(section)
 
+    def wait_until_read(self, deadline: float | None, timeout_s: float | None) -> None:
+        """Wait until every chunk has been read; meanwhile nothing is submitted or placed. There must be slots for all.
+
+        Raises:
+            LoadTimeoutError, BaseException: as in `next`.
+        """
+        with self._condition:
+            while self._next < len(self._plan.chunks) or self._fills:
+                if self._error is not None:
+                    raise self._error
+                self._wait(deadline, timeout_s)
+
     def next(self, deadline: float | None, timeout_s: float | None) -> Filled | list[Chunk] | None:
         """Wait for something to do: a filled chunk to submit, or chunks to place.
 
@@ -256,15 +268,18 @@ class Flow:
                     return placed
                 if self._unplaced == 0:
                     return None
-                remaining = None if deadline is None else deadline - self._clock.now()
-                if remaining is not None and remaining <= 0:
-                    raise LoadTimeoutError(
-                        "the load took too long",
-                        expected=f"at most {timeout_s:g} s",
-                        actual=f"{self.bytes_placed} of {self._plan.num_bytes} bytes placed",
-                        hint="Raise scheduler.timeout_s, or look at the report's phases for what is slow",
-                    )
-                self._condition.wait(remaining)
+                self._wait(deadline, timeout_s)
+
+    def _wait(self, deadline: float | None, timeout_s: float | None) -> None:
+        remaining = None if deadline is None else deadline - self._clock.now()
+        if remaining is not None and remaining <= 0:
+            raise LoadTimeoutError(
+                "the load took too long",
+                expected=f"at most {timeout_s:g} s",
+                actual=f"{self.bytes_placed} of {self._plan.num_bytes} bytes placed",
+                hint="Raise scheduler.timeout_s, or look at the report's phases for what is slow",
+            )
+        self._condition.wait(remaining)
 
     def submitted(self, filled: Filled, event: Event | None) -> None:
         """Note that a filled chunk's copies are on their way (or done, without an event)."""

@@ -50,7 +50,6 @@ class Job:
         engine: threads, ring and devices; must outlive the job.
         path: the checkpoint.
         sink: where the tensors go.
-        reason: why the strategy is what it is, for the report.
         streams: the caller's current stream on each device.
 
     Attributes:
@@ -65,7 +64,6 @@ class Job:
         path: str | os.PathLike[str],
         sink: Sink,
         *,
-        reason: str,
         streams: Mapping[torch.device, object],
     ) -> None:
         self.started: Future[None] = Future()
@@ -76,7 +74,6 @@ class Job:
         self._engine = engine
         self._path = path
         self._sink: Sink | None = sink
-        self._reason = reason
         self._streams = streams
         self._ledger = Ledger(engine.clock.now)
         self._begin = engine.clock.now()
@@ -180,8 +177,8 @@ class Job:
                 checkpoint,
                 source,
                 sink,
-                prepared.plan,
-                to=(prepared.backend, self._streams.get(prepared.backend.device)),
+                prepared,
+                stream=self._streams.get(prepared.backend.device),
                 ledger=self._ledger,
                 fall_back=self.fall_back,
             )
@@ -191,7 +188,7 @@ class Job:
             sink.open(prepared, pipeline.stage)
             self.started.set_result(None)
             try:
-                self._pump(sink, pipeline)
+                self._pump(sink, pipeline, checkpoint if prepared.decision.strategy == "preload" else None)
                 self._ledger.enter("bind")
                 self._state = "finishing"
                 checkpoint.check_unchanged()
@@ -204,8 +201,11 @@ class Job:
             pipeline.remember(checkpoint)
             return self._report(checkpoint, prepared, pipeline, peak)
 
-    def _pump(self, sink: Sink, pipeline: Pipeline) -> None:
-        """Submit what is filled and place what is copied, until everything is placed; leave nothing at work."""
+    def _pump(self, sink: Sink, pipeline: Pipeline, preloaded: Checkpoint | None) -> None:
+        """Submit what is filled and place what is copied, until everything is placed; leave nothing at work.
+
+        With a checkpoint to preload, nothing in the model changes before all of it has been read, and is what it was.
+        """
         timeout_s = self._engine.config.scheduler.timeout_s
         deadline = None if timeout_s is None else self._begin + timeout_s
         plan, stage, flow = pipeline.plan, pipeline.stage, pipeline.flow
@@ -215,11 +215,18 @@ class Job:
         try:
             stage.open()
             flow.enter("bind")
+            if preloaded is not None:
+                flow.enter("disk")
+                pipeline.start()
+                flow.wait_until_read(deadline, timeout_s)
+                preloaded.check_unchanged()
+                flow.enter("bind")
             self.readiness.mark(sink.take(list(plan.empty)))
             pipeline.start_prefault()
             self._bind_given(sink, flow, plan)
             flow.enter("pipeline")
-            pipeline.start()
+            if preloaded is None:
+                pipeline.start()
             while (step := flow.next(deadline, timeout_s)) is not None:
                 if isinstance(step, Filled):
                     _submit(step, stage, flow)
@@ -264,9 +271,8 @@ class Job:
         self._num_retries += 1
 
     def _report(self, checkpoint: Checkpoint, prepared: Prepared, pipeline: Pipeline, peak: Peak) -> LoadReport:
-        placement, backend, plan, strategy = prepared
+        placement, backend, plan, decision = prepared
         wall_s = self._ledger.wall_s
-        pinned_bytes = self._engine.ring.statistics().pinned_bytes if backend.pinnable else 0
         own, computed = placement.loaded_themselves, placement.computed
         if own:
             self._fallbacks.append(f"{len(own)} modules were loaded through hooks of their own: {_some(own)}")
@@ -274,8 +280,8 @@ class Job:
             self._fallbacks.append(f"left out, because the model computes it itself: {_some(computed)}")
         return LoadReport(
             checkpoint=str(checkpoint.path),
-            strategy=strategy,
-            reason=self._reason,
+            strategy=decision.strategy,
+            reason=decision.reason,
             device="page-cache" if backend.device.type == "meta" else str(backend.device),
             dtype=_dtypes(placement.places),
             num_tensors=len(placement.places),
@@ -286,7 +292,7 @@ class Job:
             phases=dict(self._ledger.phases),
             overlap=self._ledger.overlap,
             host_peak_bytes=peak.value,
-            pinned_bytes=pinned_bytes,
+            pinned_bytes=pipeline.pinned_bytes,
             device_peak_bytes=pipeline.blocks.device_peak_bytes,
             num_copies=pipeline.stage.num_copies,
             num_retries=self._num_retries,

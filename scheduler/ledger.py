@@ -11,9 +11,9 @@ from typing import Literal
 
 __all__ = ["Ledger", "Section"]
 
-#: What the load's own thread is at: before the first read, between first read and last copy, placing what is left, or
-#: none of these.
-Section = Literal["preflight", "pipeline", "bind", "other"]
+#: What the load's own thread is at: before the first read, waiting until everything has been read (`disk`; with
+#: `preload` alone), between first read and last copy, placing what is left, or none of these.
+Section = Literal["preflight", "disk", "pipeline", "bind", "other"]
 
 
 class Ledger:

@@ -38,13 +38,6 @@ logger = logging.getLogger(__name__)
 
 Path = str | os.PathLike[str]
 
-#: Why the strategy is `stream`. `auto` has nothing else to choose from in this version.
-_REASONS = {
-    "auto": "auto: bounded host memory, read while what has been read is placed, which every device can take",
-    "stream": "asked for",
-    "map": "asked for",
-}
-
 
 def make_job(engine: Engine, path: Path | None, sink: Sink, streams: Mapping[torch.device, object]) -> Job:
     """Make a job for the checkpoint at `path`, or for the one that the configuration names.
@@ -57,7 +50,7 @@ def make_job(engine: Engine, path: Path | None, sink: Sink, streams: Mapping[tor
     checkpoint = path if path is not None else engine.config.checkpoint
     if checkpoint is None:
         raise ValueError("no checkpoint: pass a path, or set `checkpoint` in the configuration")
-    return Job(engine, os.fsdecode(checkpoint), sink, reason=_REASONS[engine.config.strategy], streams=streams)
+    return Job(engine, os.fsdecode(checkpoint), sink, streams=streams)
 
 
 class Loader:

@@ -13,6 +13,7 @@ from weightstream.device.stage import DeviceStage
 from weightstream.errors import ReadError
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.mapping import Prefault, map_shard
+from weightstream.prefetch.ring import Ring
 from weightstream.prefetch.source import Source
 from weightstream.prefetch.tuner import Tuner
 from weightstream.scheduler.engine import Engine
@@ -20,7 +21,7 @@ from weightstream.scheduler.flow import Flow
 from weightstream.scheduler.ledger import Ledger
 from weightstream.scheduler.plan import LoadPlan
 from weightstream.scheduler.reading import Reading, Residency, look_at_cache, make_tuner
-from weightstream.scheduler.sinks import Sink
+from weightstream.scheduler.sinks import Prepared, Sink
 
 __all__ = ["BlockAccount", "Pipeline"]
 
@@ -54,6 +55,7 @@ class Pipeline:
     stage: DeviceStage
     flow: Flow
     prefault: Prefault | None
+    _ring: Ring | None
     _engine: Engine
     _resources: ExitStack
     _fall_back: Callable[[str], None]
@@ -65,9 +67,9 @@ class Pipeline:
         checkpoint: Checkpoint,
         source: Source,
         sink: Sink,
-        plan: LoadPlan,
+        prepared: Prepared,
         *,
-        to: tuple[Backend, object],
+        stream: object,
         ledger: Ledger,
         fall_back: Callable[[str], None],
     ) -> Pipeline:
@@ -78,8 +80,8 @@ class Pipeline:
             checkpoint: what is loaded.
             source: where its bytes come from.
             sink: where they go in the end.
-            plan: how.
-            to: the device, and the user's stream there.
+            prepared: what is read, to where, and how.
+            stream: the user's stream on the device.
             ledger: where its time is booked.
             fall_back: told of every downgrade.
 
@@ -88,21 +90,24 @@ class Pipeline:
             ReadError: files cannot be mapped.
         """
         config = sink.prefetch_config
-        backend, stream = to
+        backend, plan, strategy = prepared.backend, prepared.plan, prepared.decision.strategy
+        if strategy == "direct" and config.io == "auto":  # a slot of the size of a tensor has no room for whole pages
+            config = config.model_copy(update={"io": "buffered"})
         with ExitStack() as stack:
             found = look_at_cache(plan, source, config)
             if found.unknown:
                 fall_back(_RESIDENCY_UNKNOWN)
-            has_slots = engine.prepare_memory(
+            ring = engine.prepare_memory(
                 plan,
                 backend,
+                strategy,
                 io=config.io,
                 num_cold=found.num_cold,
                 delivers=sink.delivers,
                 on_fallback=fall_back,
             )
-            if has_slots:
-                stack.callback(engine.leave_ring)
+            if ring is not None:
+                stack.callback(engine.leave_ring, ring)
             tuner = make_tuner(
                 plan,
                 source,
@@ -110,7 +115,7 @@ class Pipeline:
                 config,
                 workers=engine.num_workers,
                 adaptive=engine.config.scheduler.adaptive,
-                has_slots=has_slots,
+                has_slots=ring is not None,
                 known=engine.known_settings.get(checkpoint.file_system),
             )
             engine.readers.widen(tuner.setting.workers)
@@ -120,8 +125,8 @@ class Pipeline:
             stage = DeviceStage(backend, plan.layout, stream=stream, on_block=blocks.change, given=given)
             stack.callback(stage.close)
             reading = Reading(source, tuner, found.resident, engine.readers.widen)
-            flow = Flow(plan, reading, stage, engine.ring, engine.clock, ledger, sink.admit)
-            return cls(plan, found, tuner, blocks, stage, flow, prefault, engine, stack.pop_all(), fall_back)
+            flow = Flow(plan, reading, stage, ring or engine.ring, engine.clock, ledger, sink.admit)
+            return cls(plan, found, tuner, blocks, stage, flow, prefault, ring, engine, stack.pop_all(), fall_back)
 
     def start(self) -> None:
         """Let readers begin."""
@@ -151,6 +156,11 @@ class Pipeline:
         """Let later loads from the same file system begin with what this one has found out."""
         if self.tuner.has_settled:
             self._engine.known_settings[checkpoint.file_system] = self.tuner.setting
+
+    @property
+    def pinned_bytes(self) -> int:
+        """How much of its ring is page-locked."""
+        return 0 if self._ring is None else self._ring.statistics().pinned_bytes
 
     def close(self) -> None:
         """Give back what it holds."""

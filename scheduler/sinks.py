@@ -17,6 +17,7 @@ from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.header import TensorSpec
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.plan import Chunk, LoadPlan, make_plan
+from weightstream.scheduler.strategy import ChosenStrategy, Decision, asked_for, chunk_bytes
 
 __all__ = ["ModelSink", "NowhereSink", "Prepared", "Sink", "prepare_delivery"]
 
@@ -27,12 +28,12 @@ _BLOCK_BYTES = 64 * 2**20
 
 
 class Prepared(NamedTuple):
-    """A load that has been decided on. `strategy`: `stream` or `map`."""
+    """A load that has been decided on."""
 
     placement: Placement
     backend: Backend
     plan: LoadPlan
-    strategy: str
+    decision: Decision
 
 
 class Sink(Protocol):
@@ -103,17 +104,18 @@ class ModelSink:
             raise
         backend = self._engine.backend(placement.device)
         specs = [checkpoint.tensors[place.name] for place in placement.places]
+        decision = asked_for(config.strategy)
         plan = make_plan(
             specs,
             placement.places,
             lands=backend.lands,
-            chunk_bytes=config.prefetch.chunk,
+            chunk_bytes=chunk_bytes(config.prefetch.chunk, specs, decision.strategy),
             own_bytes=_OWN_BYTES,
             block_bytes=_BLOCK_BYTES,
             order=config.scheduler.order,
-            mapped=_mapped(self._engine, checkpoint, backend),
+            mapped=_mapped(checkpoint, backend, decision),
         )
-        return Prepared(placement, backend, plan, "map" if config.strategy == "map" else "stream")
+        return Prepared(placement, backend, plan, decision)
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
         self._binder = Binder(prepared.placement, stage, strict=self._engine.config.device.strict)
@@ -155,7 +157,9 @@ class NowhereSink:
         return self._engine.config.prefetch.model_copy(update={"io": "buffered"})
 
     def prepare(self, checkpoint: Checkpoint) -> Prepared:
-        return prepare_delivery(self._engine, checkpoint, torch.device("meta"), maps=False)
+        strategy: ChosenStrategy = "direct" if self._engine.config.strategy == "direct" else "stream"
+        decision = Decision(strategy, "what is only read needs no more than a bounded ring")
+        return prepare_delivery(self._engine, checkpoint, torch.device("meta"), decision)
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
         """Nothing to get ready."""
@@ -176,13 +180,13 @@ class NowhereSink:
         """Nothing is held."""
 
 
-def _mapped(engine: Engine, checkpoint: Checkpoint, backend: Backend) -> list[int] | None:
+def _mapped(checkpoint: Checkpoint, backend: Backend, decision: Decision) -> list[int] | None:
     """Return the sizes of the shards if the strategy is to map them.
 
     Raises:
         PlacementError: tensors in a mapped file can be in host memory alone.
     """
-    if engine.config.strategy != "map":
+    if decision.strategy != "map":
         return None
     if not backend.lands:
         raise PlacementError(
@@ -194,24 +198,25 @@ def _mapped(engine: Engine, checkpoint: Checkpoint, backend: Backend) -> list[in
     return [shard.num_bytes for shard in checkpoint.shards]
 
 
-def prepare_delivery(engine: Engine, checkpoint: Checkpoint, device: torch.device, *, maps: bool) -> Prepared:
+def prepare_delivery(engine: Engine, checkpoint: Checkpoint, device: torch.device, decision: Decision) -> Prepared:
     """Plan a load without a model: blocks no larger than a chunk, large tensors in chunks of their own."""
     config = engine.config
     specs = sorted(checkpoint.tensors.values(), key=_file_order)
+    size = chunk_bytes(config.prefetch.chunk, specs, decision.strategy)
     backend = engine.backend(device)
     placement = deliver(specs, config.device, device)
     plan = make_plan(
         specs,
         placement.places,
         lands=backend.lands,
-        chunk_bytes=config.prefetch.chunk,
-        own_bytes=config.prefetch.chunk,
-        block_bytes=config.prefetch.chunk,
+        chunk_bytes=size,
+        own_bytes=size,
+        block_bytes=size,
         order="file",
         isolate_large=True,
-        mapped=_mapped(engine, checkpoint, backend) if maps else None,
+        mapped=_mapped(checkpoint, backend, decision),
     )
-    return Prepared(placement, backend, plan, "map" if maps else "stream")
+    return Prepared(placement, backend, plan, decision)
 
 
 def _file_order(spec: TensorSpec) -> tuple[int, int]:

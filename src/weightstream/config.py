@@ -102,7 +102,9 @@ class LoaderConfig(BaseSettings):
     strategy: Strategy = Field(
         default="auto",
         description="How the checkpoint gets into the model. `auto` (the default): the loader decides and says why in "
-        "its report. `stream`: the bounded pipeline of reading and copying. `map`: tensors on the CPU are views of the "
+        "its report. `stream`: the bounded pipeline of reading and copying. `preload`: the whole checkpoint into host memory first, "
+        "within prefetch.host_memory, and nothing in the model changes before the last byte is there. `direct`: through "
+        "host memory of the size of the largest tensor. `map`: tensors on the CPU are views of the "
         "mapped files, brought in by the kernel as they are needed; truncating such a file kills the process.",
     )
     prefetch: PrefetchConfig = Field(

@@ -1,0 +1,98 @@
+"""Strategies: which there are, which one a load takes, and what follows from that for its chunks and slots.
+
+Pure: numbers and plans in, decisions out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from weightstream.device.layout import padded
+from weightstream.prefetch.memory import PAGE_BYTES
+from weightstream.scheduler.config import Strategy
+from weightstream.scheduler.plan import LoadPlan
+
+__all__ = ["DIRECT_SLOTS", "ChosenStrategy", "Decision", "OwnSlots", "asked_for", "chunk_bytes", "slots_of_own"]
+
+#: What a load really does.
+ChosenStrategy = Literal["stream", "preload", "direct", "map"]
+
+#: Slots for direct reads of a load that may or may not come to use them. Not measured: eight are read into while eight
+#: are copied from.
+DIRECT_SLOTS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a load does, and why, in one sentence."""
+
+    strategy: ChosenStrategy
+    reason: str
+
+
+class Sized(Protocol):
+    """Something with a number of bytes: a tensor of a checkpoint."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+def asked_for(strategy: Strategy) -> Decision:
+    """Decide what the configuration has decided."""
+    if strategy == "auto":
+        return Decision(
+            "stream", "auto: bounded host memory, read while what has been read is placed, which every device can take"
+        )
+    return Decision(strategy, "asked for")
+
+
+def chunk_bytes(chunk: int, tensors: Iterable[Sized], strategy: ChosenStrategy) -> int:
+    """Return how large chunks may be: as configured, and with `direct` no larger than the largest tensor."""
+    if strategy != "direct":
+        return chunk
+    return min(chunk, _whole_pages(max((padded(tensor.num_bytes) for tensor in tensors), default=1)))
+
+
+@dataclass(frozen=True, slots=True)
+class OwnSlots:
+    """The ring of a load that has one of its own.
+
+    Attributes:
+        slot_bytes: of each slot.
+        least, most: how many slots it needs, and how many it can use.
+        optional: it needs them for direct reads alone, which it can do without.
+    """
+
+    slot_bytes: int
+    least: int
+    most: int
+    optional: bool
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.least * self.slot_bytes
+
+
+def slots_of_own(
+    plan: LoadPlan, strategy: Literal["preload", "direct"], io: Literal["auto", "buffered", "direct"]
+) -> OwnSlots:
+    """Return what ring a plan needs: a slot for every chunk that waits in one (`preload`), or one slot (`direct`).
+
+    Chunks that are read directly into host memory where they stay pass through slots, too. With `preload` there is one
+    for them beside all those that are filled and wait, or everybody would wait.
+    """
+    held = sum(1 for chunk in plan.chunks if chunk.transfer.slot_bytes)
+    passing = 0 if io == "buffered" else len(plan.chunks) - held
+    whole = [chunk.num_bytes + 2 * PAGE_BYTES for chunk in plan.chunks] if io != "buffered" else []
+    slot_bytes = _whole_pages(max([1, *whole, *(chunk.transfer.slot_bytes for chunk in plan.chunks)]))
+    if strategy == "direct":
+        least = most = min(1, held + passing)
+    else:
+        least, most = held + min(1, passing), held + min(DIRECT_SLOTS, passing)
+    return OwnSlots(slot_bytes, least, most, optional=not held and io == "auto")
+
+
+def _whole_pages(num_bytes: int) -> int:
+    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
