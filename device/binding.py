@@ -19,7 +19,7 @@ from torch import nn
 from weightstream.device.placement import Place, Placement
 from weightstream.device.stage import DeviceStage
 from weightstream.device.targets import Site, Subtree, Target
-from weightstream.errors import MissingKeysError, PlacementError, UnexpectedKeysError
+from weightstream.errors import PlacementError
 
 __all__ = ["Binder"]
 
@@ -32,10 +32,9 @@ _exchange = cast(
 class Binder:
     """Carries out a placement, tensor by tensor, and undoes it."""
 
-    def __init__(self, placement: Placement, stage: DeviceStage, *, strict: bool) -> None:
+    def __init__(self, placement: Placement, stage: DeviceStage) -> None:
         self._placement = placement
         self._stage = stage
-        self._strict = strict
         self._staged: dict[str, torch.Tensor] = {}
         self._adopted: list[torch.Tensor] = []
         self._on_meta: list[torch.Tensor] = []
@@ -110,7 +109,7 @@ class Binder:
             ready.extend(site.name for site in _sites(place))
         for first, second in self._placement.doubles:
             self._compare(first, self._staged.pop(second.name), second)
-        for subtree in self._placement.subtrees:
+        for subtree in filter(self._placement.wants, self._placement.subtrees):
             self._load_subtree(subtree)
             ready.extend(place.name for place in subtree.places)
             ready.extend(name for target in subtree.targets for name in target.names)
@@ -157,11 +156,7 @@ class Binder:
         if missing:
             filled = self._filled_otherwise(subtree, set(missing))
             missing = [key for key in missing if key not in filled]
-        for keys, kind in ((missing, MissingKeysError), (unexpected, UnexpectedKeysError)):
-            if self._strict and keys:
-                raise kind(f"so says {name}, which loads itself", actual=", ".join(keys[:5]))
-        self._placement.missing_keys += missing
-        self._placement.unexpected_keys += unexpected
+        self._placement.note_keys(missing, unexpected, says=name)
 
     def _filled_otherwise(self, subtree: Subtree, missing: set[str]) -> set[str]:
         """Return which of the names that a module misses are those of tensors that were loaded under another name."""

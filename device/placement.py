@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from weightstream.device.config import DeviceConfig
 from weightstream.device.dtypes import CASTABLE, destination_dtype, torch_dtype, torch_shape, unsupported
+from weightstream.device.names import NameRules
 from weightstream.device.targets import Subtree, Target, Targets, find_targets
 from weightstream.errors import MissingKeysError, PlacementError, ShapeMismatchError, UnexpectedKeysError
 
@@ -45,7 +46,8 @@ class Stored(Protocol):
 class Place(msgspec.Struct, frozen=True, gc=False):
     """What becomes of one tensor of the checkpoint. Hidden from the garbage collector, as `targets` are.
 
-    `num_bytes` and `stored_dtype` are the file's; `dtype` is what it will have in the model.
+    `num_bytes` and `stored_dtype` are the file's; `dtype` is what it will have in the model, and `name` is the model's
+    too: `device.rename` may have made it out of the file's.
     """
 
     name: str
@@ -75,10 +77,11 @@ class Placement:
         prefixes: of every module of the model, what the names of its tensors begin with.
         loaded_themselves: filled in by `binding`: which subtrees loaded themselves.
         missing_keys, unexpected_keys: names on one side alone, as torch names them; `binding` adds those of subtrees.
+        ignored: such names that the configuration says to ignore; they are in neither list.
         computed: names of the checkpoint that are left out, because the model computes these buffers itself.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, stored: Mapping[str, Stored], config: DeviceConfig) -> None:
         self.device = device
         self.places: list[Place] = []
         self.subtrees: list[Subtree] = []
@@ -89,13 +92,73 @@ class Placement:
         self.loaded_themselves: list[str] = []
         self.missing_keys: list[str] = []
         self.unexpected_keys: list[str] = []
+        self.ignored: list[str] = []
         self.computed: list[str] = []
+        self._stored = stored
+        self._rules = NameRules(config)
+        self._is_strict = config.strict
 
     @property
     def staged_bytes(self) -> int:
         """Bytes that are loaded beside tensors that have storage already, and dropped when the load ends."""
         own = [place for tree in self.subtrees for place in tree.places if not _adopts(place)]
         return sum(place.num_bytes for place in (*own, *self.strided, *(second for _, second in self.doubles)))
+
+    def note_keys(self, missing: Iterable[str], unexpected: Iterable[str], *, says: str | None = None) -> None:
+        """Note names on one side alone, except for those that nobody asked for or that are to be ignored.
+
+        Args:
+            missing: names of the model.
+            unexpected: names of the checkpoint.
+            says: the module that found this out by itself, if one did.
+
+        Raises:
+            MissingKeysError, UnexpectedKeysError: the configuration is strict, and there are such names.
+        """
+        rules = self._rules
+        if rules.is_partial:
+            missing = filter(rules.selects, missing)
+        for name in missing:
+            (self.ignored if rules.ignores_missing(name) else self.missing_keys).append(name)
+        for name in unexpected:
+            (self.ignored if rules.ignores_unexpected(name) else self.unexpected_keys).append(name)
+        if self._is_strict:
+            self._check_keys(says)
+
+    def decisions(self, num_stored: int) -> list[str]:
+        """Say what the rules have done to the names of the checkpoint's `num_stored` tensors."""
+        stored, said = self._stored, list[str]()
+        changed = [name for name, spec in stored.items() if name != spec.name] if self._rules.renames else []
+        if changed:
+            first = f"{stored[changed[0]].name} to {changed[0]}"
+            said.append(f"rename: {len(changed)} of {num_stored} names were changed, the first from {first}")
+        if len(stored) < num_stored:
+            said.append(f"include and exclude: {num_stored - len(stored)} of {num_stored} tensors were left out")
+        return said
+
+    def wants(self, subtree: Subtree) -> bool:
+        """Say whether a module that loads itself has anything to load: a part of a model may be all that is wanted."""
+        if not self._rules.is_partial or subtree.places:
+            return True
+        return any(self._rules.selects(name) for target in subtree.targets for name in target.names)
+
+    def _check_keys(self, says: str | None) -> None:
+        for keys, kind, side, other, setting in (
+            (self.missing_keys, MissingKeysError, "model", "checkpoint", "ignore_missing"),
+            (self.unexpected_keys, UnexpectedKeysError, "checkpoint", "model", "ignore_unexpected"),
+        ):
+            if keys:
+                names = ", ".join(map(self._both_names, keys[:5]))
+                who = f", says {says}, which loads itself" if says else ""
+                raise kind(
+                    f"{len(keys)} tensors of the {side} are not in the {other}{who}",
+                    actual=names + (f" and {len(keys) - 5} more" if len(keys) > 5 else ""),
+                    hint=f"device.{setting} lets single ones pass; device.strict: false lists all of them in the report",
+                )
+
+    def _both_names(self, name: str) -> str:
+        spec = self._stored.get(name)
+        return name if spec is None or spec.name == name else f"{name} (stored as {spec.name})"
 
     def release(self) -> None:
         """Let go of the places, a few at a time: freeing 46,000 at once holds the interpreter's lock for 27 ms."""
@@ -107,20 +170,20 @@ def _adopts(place: Place) -> bool:
     return place.target is not None and place.target.on_meta
 
 
-def deliver(stored: Iterable[Stored], config: DeviceConfig, device: torch.device) -> Placement:
-    """Decide for a load without a model: every tensor is staged, for a consumer.
+def deliver(stored: Mapping[str, Stored], config: DeviceConfig, device: torch.device) -> Placement:
+    """Decide for a load without a model: every tensor is staged, for a consumer, who gets it by the name given here.
 
     Raises:
         UnsupportedFormatError: torch lacks a dtype.
     """
-    placement = Placement(device)
-    for position, spec in enumerate(stored):
-        dtype = _stored_dtype(spec)
+    placement = Placement(device, stored, config)
+    for position, (name, spec) in enumerate(stored.items()):
+        dtype = _stored_dtype(spec, name)
         wanted = dtype
         if config.dtype not in ("model", "checkpoint") and dtype in CASTABLE:
             wanted = getattr(torch, config.dtype)
         shape = torch_shape(spec.dtype, spec.shape)
-        placement.places.append(Place(spec.name, spec.num_bytes, dtype, wanted, shape, "stage", position))
+        placement.places.append(Place(name, spec.num_bytes, dtype, wanted, shape, "stage", position))
     return placement
 
 
@@ -131,8 +194,8 @@ def match(model: nn.Module, stored: Mapping[str, Stored], config: DeviceConfig, 
 
     Args:
         model: on meta, materialised, or partly so.
-        stored: the checkpoint's tensors by name.
-        config: `dtype`, `strict` and `target` are used.
+        stored: the checkpoint's tensors that are wanted, by their names in the model (see `NameRules.apply`).
+        config: all of it is used except `rename`, which has been.
         default: the device for a model that has no storage yet; materialised parameters decide for themselves.
 
     Raises:
@@ -142,19 +205,23 @@ def match(model: nn.Module, stored: Mapping[str, Stored], config: DeviceConfig, 
             parameters on several devices or on another than the target.
         UnsupportedFormatError: torch lacks a dtype.
     """
-    placement = Placement(default)
+    placement = Placement(default, stored, config)
     found = find_targets(model)
+    _check_own_buffers(found, NameRules(config))
     placement.subtrees, placement.prefixes = found.subtrees, found.prefixes
     placement.device = device = _common_device(found, config, default)
     places, names, find = placement.places, placement.names, found.by_name.get
     add_place, add_name = places.append, names.append
+    unexpected: list[str] = []
     for name, spec in stored.items():
         target = find(name)
         if target is None or target.subtree is not None:
-            if not _place_specially(placement, found, spec, target, config):
+            if not _place_specially(placement, found, name, spec, target, config):
+                # Checkpoints of older versions hold what is computed by now: position numbers, rotary tables.
+                (placement.computed if name in found.own_buffers else unexpected).append(name)
                 continue
         else:
-            place = _place(spec, target, config, device)
+            place = _place(name, spec, target, config, device)
             add_place(place)
             if target.filled_by >= 0:
                 placement.doubles.append((places[target.filled_by], place))
@@ -165,30 +232,35 @@ def match(model: nn.Module, stored: Mapping[str, Stored], config: DeviceConfig, 
             add_name(target.name)
             if target.ties:
                 names.extend(tie.name for tie in target.ties)
+    missing: list[str] = []
     if len(names) < len(found.by_name) or placement.subtrees:
-        placement.missing_keys = [
-            name for name, target in found.by_name.items() if target.filled_by < 0 and target.subtree is None
-        ]
-    if config.strict:
-        _check_keys(placement)
+        missing = [name for name, target in found.by_name.items() if target.filled_by < 0 and target.subtree is None]
+    placement.note_keys(missing, unexpected)
     return placement
 
 
 def _place_specially(
-    placement: Placement, found: Targets, spec: Stored, target: Target | None, config: DeviceConfig
+    placement: Placement, found: Targets, name: str, spec: Stored, target: Target | None, config: DeviceConfig
 ) -> bool:
-    """Place a tensor that a module loads itself; note one that has no place at all, and return false."""
-    name = spec.name
+    """Place a tensor that a module loads itself; return false for one that has no place at all."""
     subtree = target.subtree if target is not None else _enclosing(found.subtrees, name)
     if subtree is None:
-        # Checkpoints of older versions hold what is computed by now: position numbers, rotary tables.
-        (placement.computed if name in found.own_buffers else placement.unexpected_keys).append(name)
         return False
-    place = _subtree_place(spec, target, subtree, config)
+    place = _subtree_place(name, spec, target, subtree, config)
     subtree.places.append(place)
     placement.places.append(place)
     placement.names.append(name)
     return True
+
+
+def _check_own_buffers(found: Targets, rules: NameRules) -> None:
+    for name in found.own_on_meta:
+        if rules.selects(name):
+            raise PlacementError(
+                "this buffer is on meta, but it is not persistent, so no checkpoint holds it",
+                tensor=name,
+                hint="Compute it on a real device before loading: only what the checkpoint holds may be on meta",
+            )
 
 
 def _common_device(found: Targets, config: DeviceConfig, default: torch.device) -> torch.device:
@@ -215,33 +287,33 @@ def _enclosing(subtrees: list[Subtree], name: str) -> Subtree | None:
     return next((subtree for subtree in subtrees if name.startswith(subtree.prefix)), None) if subtrees else None
 
 
-def _place(spec: Stored, target: Target, config: DeviceConfig, device: torch.device) -> Place:
+def _place(name: str, spec: Stored, target: Target, config: DeviceConfig, device: torch.device) -> Place:
     tensor, shape = target.tensor, spec.shape
     kind, declared, on_meta = type(tensor), target.declared, target.on_meta
     dtype = torch_dtype(spec.dtype)
     if dtype is None:
-        raise unsupported(spec.dtype, spec.name)
+        raise unsupported(spec.dtype, name)
     if spec.dtype == "F4":
         shape = torch_shape(spec.dtype, shape)
     if kind is not nn.Parameter and kind is not torch.Tensor:
-        _check_kind(tensor, spec.name)
+        _check_kind(tensor, name)
     if tensor.shape != shape:
-        _check_shape(tensor, shape, spec.name)
+        _check_shape(tensor, shape, name)
     wanted = declared
     if dtype is not declared or (on_meta and config.dtype != "model"):
-        wanted = destination_dtype(dtype, declared, config, on_meta=on_meta, tensor=spec.name)
+        wanted = destination_dtype(dtype, declared, config, on_meta=on_meta, tensor=name)
     mode: Mode = "adopt"
     if target.filled_by >= 0:
         mode = "stage"
     elif not on_meta:
-        mode = _mode_in_place(tensor, device, spec.name)
+        mode = _mode_in_place(tensor, device, name)
     elif tensor._backward_hooks is not None:
         raise PlacementError(
             "the parameter is on meta and has a gradient hook, which would be lost",
-            tensor=spec.name,
+            tensor=name,
             hint="Register hooks on parameters after loading",
         )
-    return Place(spec.name, spec.num_bytes, dtype, wanted, shape, mode, target.position, target)
+    return Place(name, spec.num_bytes, dtype, wanted, shape, mode, target.position, target)
 
 
 def _mode_in_place(tensor: torch.Tensor, device: torch.device, name: str) -> Mode:
@@ -259,20 +331,20 @@ def _overlaps(tensor: torch.Tensor) -> bool:
     return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _subtree_place(spec: Stored, target: Target | None, subtree: Subtree, config: DeviceConfig) -> Place:
-    dtype = _stored_dtype(spec)
+def _subtree_place(name: str, spec: Stored, target: Target | None, subtree: Subtree, config: DeviceConfig) -> Place:
+    dtype = _stored_dtype(spec, name)
     shape = torch_shape(spec.dtype, spec.shape)
     wanted = dtype
     if target is not None:
         if is_lazy(target.tensor):  # its hook would give it a shape, which nothing could take away again
-            _check_kind(target.tensor, spec.name)
+            _check_kind(target.tensor, name)
         if subtree.keeps_shapes:
-            _check_shape(target.tensor, shape, spec.name)
+            _check_shape(target.tensor, shape, name)
         if subtree.keeps_shapes or (target.tensor.dtype in CASTABLE and dtype in CASTABLE):
             on_meta = target.tensor.device.type == "meta"
-            wanted = destination_dtype(dtype, target.tensor.dtype, config, on_meta=on_meta, tensor=spec.name)
+            wanted = destination_dtype(dtype, target.tensor.dtype, config, on_meta=on_meta, tensor=name)
     position = subtree.targets[0].position if subtree.targets else 0
-    return Place(spec.name, spec.num_bytes, dtype, wanted, shape, "stage", position, target)
+    return Place(name, spec.num_bytes, dtype, wanted, shape, "stage", position, target)
 
 
 def _check_kind(tensor: torch.Tensor, name: str) -> None:
@@ -304,22 +376,8 @@ def _check_shape(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> Non
         )
 
 
-def _stored_dtype(spec: Stored) -> torch.dtype:
+def _stored_dtype(spec: Stored, name: str) -> torch.dtype:
     dtype = torch_dtype(spec.dtype)
     if dtype is None:
-        raise unsupported(spec.dtype, spec.name)
+        raise unsupported(spec.dtype, name)
     return dtype
-
-
-def _check_keys(placement: Placement) -> None:
-    for keys, kind, side, other in (
-        (placement.missing_keys, MissingKeysError, "model", "checkpoint"),
-        (placement.unexpected_keys, UnexpectedKeysError, "checkpoint", "model"),
-    ):
-        if keys:
-            names = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            raise kind(
-                f"{len(keys)} tensors of the {side} are not in the {other}",
-                actual=names,
-                hint="device.strict: false lists them in the report instead",
-            )

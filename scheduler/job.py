@@ -278,6 +278,8 @@ class Job:
             self._fallbacks.append(f"{len(own)} modules were loaded through hooks of their own: {_some(own)}")
         if computed:
             self._fallbacks.append(f"left out, because the model computes it itself: {_some(computed)}")
+        if placement.ignored:
+            self._fallbacks.append(f"on one side alone, and ignored as the settings say: {_some(placement.ignored)}")
         return LoadReport(
             checkpoint=str(checkpoint.path),
             strategy=decision.strategy,
@@ -296,7 +298,7 @@ class Job:
             device_peak_bytes=pipeline.blocks.device_peak_bytes,
             num_copies=pipeline.stage.num_copies,
             num_retries=self._num_retries,
-            decisions=tuple(pipeline.decisions()),
+            decisions=(*placement.decisions(len(checkpoint.tensors)), *pipeline.decisions()),
             fallbacks=tuple(self._fallbacks),
             missing_keys=tuple(placement.missing_keys),
             unexpected_keys=tuple(placement.unexpected_keys),

@@ -11,13 +11,14 @@ from weightstream.device.backend import Backend
 from weightstream.device.binding import Binder
 from weightstream.device.placement import Placement, deliver, match
 from weightstream.device.stage import DeviceStage
-from weightstream.errors import PlacementError, WeightstreamError
+from weightstream.errors import PlacementError
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.header import TensorSpec
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.plan import Chunk, LoadPlan, make_plan
 from weightstream.scheduler.strategy import ChosenStrategy, Decision, asked_for, chunk_bytes
+from weightstream.scheduler.wanted import Wanted
 
 __all__ = ["ModelSink", "NowhereSink", "Prepared", "Sink", "prepare_delivery"]
 
@@ -88,6 +89,7 @@ class ModelSink:
         self._engine = engine
         self._model: nn.Module | None = model
         self._binder: Binder | None = None
+        self._wanted: Wanted | None = None
 
     @property
     def prefetch_config(self) -> PrefetchConfig:
@@ -96,14 +98,11 @@ class ModelSink:
     def prepare(self, checkpoint: Checkpoint) -> Prepared:
         assert self._model is not None
         config = self._engine.config
-        try:
-            placement = match(self._model, checkpoint.tensors, config.device, self._engine.default_device())
-        except WeightstreamError as error:
-            spec = checkpoint.tensors.get(error.tensor or "")
-            error.file = str(checkpoint.path if spec is None else checkpoint.shards[spec.shard].path)
-            raise
+        self._wanted = wanted = Wanted(checkpoint, config.device)
+        with wanted.locating():
+            placement = match(self._model, wanted.tensors, config.device, self._engine.default_device())
         backend = self._engine.backend(placement.device)
-        specs = [checkpoint.tensors[place.name] for place in placement.places]
+        specs = [wanted.tensors[place.name] for place in placement.places]
         decision = asked_for(config.strategy)
         plan = make_plan(
             specs,
@@ -118,7 +117,7 @@ class ModelSink:
         return Prepared(placement, backend, plan, decision)
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
-        self._binder = Binder(prepared.placement, stage, strict=self._engine.config.device.strict)
+        self._binder = Binder(prepared.placement, stage)
 
     def admit(self, chunk: Chunk) -> bool:
         return True
@@ -129,7 +128,9 @@ class ModelSink:
 
     def finish(self) -> list[str]:
         assert self._binder is not None
-        return self._binder.finish()
+        assert self._wanted is not None
+        with self._wanted.locating():
+            return self._binder.finish()
 
     def rollback(self) -> tuple[str, ...]:
         assert self._binder is not None
@@ -140,6 +141,7 @@ class ModelSink:
         if self._binder is not None:
             self._binder.release()
         self._binder = None
+        self._wanted = None
         self._model = None
 
 
@@ -201,10 +203,12 @@ def _mapped(checkpoint: Checkpoint, backend: Backend, decision: Decision) -> lis
 def prepare_delivery(engine: Engine, checkpoint: Checkpoint, device: torch.device, decision: Decision) -> Prepared:
     """Plan a load without a model: blocks no larger than a chunk, large tensors in chunks of their own."""
     config = engine.config
-    specs = sorted(checkpoint.tensors.values(), key=_file_order)
+    wanted = Wanted(checkpoint, config.device)
+    specs = list(wanted.tensors.values())
     size = chunk_bytes(config.prefetch.chunk, specs, decision.strategy)
     backend = engine.backend(device)
-    placement = deliver(specs, config.device, device)
+    with wanted.locating():
+        placement = deliver(wanted.tensors, config.device, device)
     plan = make_plan(
         specs,
         placement.places,
@@ -217,7 +221,3 @@ def prepare_delivery(engine: Engine, checkpoint: Checkpoint, device: torch.devic
         mapped=_mapped(checkpoint, backend, decision),
     )
     return Prepared(placement, backend, plan, decision)
-
-
-def _file_order(spec: TensorSpec) -> tuple[int, int]:
-    return spec.shard, spec.begin

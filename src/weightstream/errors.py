@@ -75,11 +75,15 @@ class WeightstreamError(Exception):
         self.expected = expected
         self.actual = actual
         self.hint = hint
+        #: The checkpoint's own name of `tensor`, where `device.rename` has made another one of it.
+        self.stored_as: str | None = None
         #: Names of materialised parameters that a failed load had already written to (in-place placement only).
         self.partly_written: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         where = " in ".join(shown(part) for part in (self.tensor, self.file) if part)
+        if self.stored_as:
+            where += f", where it is {shown(self.stored_as)}"
         what = "\n".join(shown(line) for line in self.what.split("\n"))
         text = f"{where}: {what}" if where else what
         if self.expected is not None:
