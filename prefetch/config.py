@@ -72,6 +72,11 @@ class PrefetchConfig(BaseModel):
         description="How often one chunk's read is repeated after EIO, ESTALE, EAGAIN or ETIMEDOUT, with growing "
         "pauses, before the load fails.",
     )
+    variant: Annotated[str, Field(pattern=r"^\w+$")] | None = Field(
+        default=None,
+        description="Which of the checkpoints in a folder: `fp16` stands for model.fp16.safetensors, "
+        "model.fp16.safetensors.index.json and the like. null: the one without a variant, or the only one.",
+    )
     allow_outside_links: bool = Field(
         default=False,
         description="Accept shards that are symbolic links to somewhere outside the checkpoint's folder (links into "

@@ -14,8 +14,8 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 
-from weightstream.prefetch.checkpoint import Shard
 from weightstream.prefetch.memory import MAP_FAILED, PAGE_BYTES, mapping_libc
+from weightstream.prefetch.opening import Shard
 from weightstream.prefetch.source import ByteRange
 
 __all__ = ["Prefault", "map_shard"]

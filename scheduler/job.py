@@ -155,7 +155,10 @@ class Job:
     def _load(self, sink: Sink, peak: Peak) -> LoadReport:
         engine = self._engine
         with ExitStack() as stack:
-            checkpoint = open_checkpoint(self._path, allow_outside_links=engine.config.prefetch.allow_outside_links)
+            config = engine.config.prefetch
+            checkpoint = open_checkpoint(
+                self._path, variant=config.variant, allow_outside_links=config.allow_outside_links
+            )
             stack.callback(checkpoint.close)
             source = engine.machine.open_source(
                 checkpoint,
@@ -298,7 +301,7 @@ class Job:
             device_peak_bytes=pipeline.blocks.device_peak_bytes,
             num_copies=pipeline.stage.num_copies,
             num_retries=self._num_retries,
-            decisions=(*placement.decisions(len(checkpoint.tensors)), *pipeline.decisions()),
+            decisions=(*checkpoint.notes, *placement.decisions(len(checkpoint.tensors)), *pipeline.decisions()),
             fallbacks=tuple(self._fallbacks),
             missing_keys=tuple(placement.missing_keys),
             unexpected_keys=tuple(placement.unexpected_keys),

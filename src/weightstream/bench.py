@@ -143,7 +143,11 @@ def _examine(config: LoaderConfig, *, num_runs: int, is_cold: bool) -> Subject:
     from weightstream.building import target_device  # noqa: PLC0415
 
     assert config.checkpoint is not None
-    with open_checkpoint(config.checkpoint, allow_outside_links=config.prefetch.allow_outside_links) as checkpoint:
+    with open_checkpoint(
+        config.checkpoint,
+        variant=config.prefetch.variant,
+        allow_outside_links=config.prefetch.allow_outside_links,
+    ) as checkpoint:
         paths = tuple(shard.path for shard in checkpoint.shards)
         specs = tuple(checkpoint.tensors.values())
     device = target_device(config.device.target)

@@ -37,7 +37,7 @@ def target_device(target: str) -> torch.device:
         raise ConfigurationError(f"{error.what}, but {error.expected}") from error
 
 
-def build_model(spec: str, checkpoint: Path, device: torch.device) -> nn.Module:
+def build_model(spec: str, checkpoint: Path, device: torch.device, *, variant: str | None = None) -> nn.Module:
     """Build the model that `model` in the configuration names.
 
     Args:
@@ -45,6 +45,7 @@ def build_model(spec: str, checkpoint: Path, device: torch.device) -> nn.Module:
         checkpoint: what will be loaded; for `transformers`, its folder has the config.json. No module is found in that
             folder: whoever made the weights must not choose code.
         device: for `transformers`, where the buffers go that are in no checkpoint.
+        variant: for `transformers`, which of the checkpoints in a folder.
 
     Raises:
         ConfigurationError: there is no such callable, or it does not return an nn.Module.
@@ -61,7 +62,7 @@ def build_model(spec: str, checkpoint: Path, device: torch.device) -> nn.Module:
             raise ConfigurationError(
                 "model: transformers is not installed: pip install 'weightstream[transformers]'"
             ) from error
-        model = bridge.build_on_meta(checkpoint, device=device)
+        model = bridge.build_on_meta(checkpoint, device=device, variant=variant)
         assert isinstance(model, nn.Module)
         return model
     builder = _find(spec, checkpoint)

@@ -194,7 +194,7 @@ def _print_summary(report: LoadReport) -> None:
 def inspect(session: _Session, checkpoint: str, *, as_json: bool) -> None:
     """Check CHECKPOINT as a load would, and show what is in it.
 
-    A folder, a .safetensors.index.json, or one .safetensors file.
+    A folder, an index, one .safetensors, .bin, .pt or .pth file, or org/name in the local Hugging Face cache.
     """
     from weightstream.config import LoaderConfig  # noqa: PLC0415
     from weightstream.display import Output  # noqa: PLC0415
@@ -206,7 +206,11 @@ def inspect(session: _Session, checkpoint: str, *, as_json: bool) -> None:
 
     def open_it() -> Checkpoint:
         assert settings.checkpoint is not None
-        return open_checkpoint(settings.checkpoint, allow_outside_links=settings.prefetch.allow_outside_links)
+        return open_checkpoint(
+            settings.checkpoint,
+            variant=settings.prefetch.variant,
+            allow_outside_links=settings.prefetch.allow_outside_links,
+        )
 
     async def show() -> None:
         with await in_thread(open_it) as opened:
@@ -259,7 +263,7 @@ def bench(
 ) -> None:
     """Measure what disk and bus can do, and what a load reaches.
 
-    CHECKPOINT is a folder, a .safetensors.index.json, or one .safetensors file. It is read many times, raw and into a
+    CHECKPOINT is what `inspect` takes. It is read many times, raw and into a
     model that is made from it, which takes host memory of twice its size. The result says what bounds the load and
     where its time goes. Settings can be tried through the environment, for example WEIGHTSTREAM_PREFETCH__WORKERS=4.
     """

@@ -29,6 +29,7 @@ from yaml.composer import ComposerError
 
 from weightstream.device.config import DeviceConfig
 from weightstream.prefetch.config import PrefetchConfig
+from weightstream.prefetch.finding import is_repository
 from weightstream.scheduler.config import SchedulerConfig, Strategy
 
 __all__ = ["LoaderConfig"]
@@ -88,9 +89,11 @@ class LoaderConfig(BaseSettings):
 
     checkpoint: Annotated[Path | None, BeforeValidator(_in_package)] = Field(
         default=None,
-        description="What to load: a folder, a `model.safetensors.index.json`, or one `.safetensors` file. A relative "
-        "path in a YAML file starts at that file's folder, elsewhere at the working directory. `pkg://PACKAGE/folder` "
-        "is a folder inside an installed Python package. null (the default): named in the call.",
+        description="What to load: a folder, an index such as `model.safetensors.index.json`, or one `.safetensors`, "
+        "`.bin`, `.pt` or `.pth` file. A relative path in a YAML file starts at that file's folder, elsewhere at the "
+        "working directory. `org/name` and `org/name@revision`, where no such path exists, are looked for in the local "
+        "Hugging Face cache. `pkg://PACKAGE/folder` is a folder inside an installed Python package. null (the default): "
+        "named in the call.",
     )
     model: str | None = Field(
         default=None,
@@ -254,7 +257,9 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise _failure(_detail(f"{file} must have names of fields, each followed by a colon, at its top level"))
     path = values.get("checkpoint")
     if isinstance(path, str) and path and not path.startswith(_PACKAGE):
-        values["checkpoint"] = str(file.parent / path)
+        there = file.parent / path
+        if not is_repository(path) or os.path.exists(there):  # noqa: PTH110 (false, and no error, for a path with a NUL)
+            values["checkpoint"] = str(there)
     return cast("dict[str, Any]", values)
 
 

@@ -90,4 +90,4 @@ def _build(config: LoaderConfig) -> tuple[nn.Module, str]:
     assert config.model is not None
     assert config.checkpoint is not None
     device = target_device(config.device.target)
-    return build_model(config.model, config.checkpoint, device), str(device)
+    return build_model(config.model, config.checkpoint, device, variant=config.prefetch.variant), str(device)

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from weightstream.errors import WeightstreamError
-from weightstream.prefetch.checkpoint import parse_index
 from weightstream.prefetch.header import parse_header
+from weightstream.prefetch.index import parse_index
 
 
 def _repeated(before: bytes, unit: bytes, after: bytes) -> Callable[[int], bytes]:

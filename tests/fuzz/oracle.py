@@ -21,8 +21,9 @@ from pydantic import ValidationError
 
 from weightstream.config import LoaderConfig
 from weightstream.errors import CheckpointError, HeaderError, UnsupportedFormatError, WeightstreamError
-from weightstream.prefetch.checkpoint import open_checkpoint, parse_index
+from weightstream.prefetch.checkpoint import open_checkpoint
 from weightstream.prefetch.header import DTYPE_BITS, MAX_RANK, MAX_STRINGS, read_header
+from weightstream.prefetch.index import parse_index
 
 ACCEPTED, REFUSED = frozenset({"accepted"}), frozenset({"refused"})
 

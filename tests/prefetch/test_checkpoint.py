@@ -33,8 +33,9 @@ from weightstream.errors import (
     ReadError,
     UnsupportedFormatError,
 )
-from weightstream.prefetch.checkpoint import MAX_INDEX_BYTES, find_checkpoint, open_checkpoint
+from weightstream.prefetch.checkpoint import open_checkpoint
 from weightstream.prefetch.header import MAX_STRINGS
+from weightstream.prefetch.index import MAX_INDEX_BYTES
 
 TENSORS = random_tensors({"a": [2, 3], "b": [5], "c": [], "d": [4, 1]})
 FIRST, SECOND = shard_name(0, 2), shard_name(1, 2)
@@ -83,25 +84,6 @@ def test_single_file_is_opened(tmp_path: Path, given: str) -> None:
         assert set(checkpoint.tensors) == set(TENSORS)
 
 
-@pytest.mark.parametrize(
-    ("files", "found"),
-    [
-        pytest.param([INDEX, SINGLE, FIRST], INDEX, id="index before file"),
-        pytest.param([INDEX, "model.fp16.safetensors.index.json"], INDEX, id="plain index before variant"),
-        pytest.param(
-            ["model.fp16.safetensors.index.json", FIRST, SECOND], "model.fp16.safetensors.index.json", id="variant"
-        ),
-        pytest.param(["adapter.safetensors"], "adapter.safetensors", id="one file of another name"),
-        pytest.param([SINGLE, "adapter.safetensors"], SINGLE, id="plain name before another"),
-        pytest.param([SINGLE, "pytorch_model.bin", "config.json"], SINGLE, id="among other files"),
-    ],
-)
-def test_folder_stands_for_the_one_checkpoint_in_it(tmp_path: Path, files: list[str], found: str) -> None:
-    for name in files:
-        (tmp_path / name).touch()
-    assert find_checkpoint(tmp_path) == tmp_path / found
-
-
 def test_index_of_another_name_may_be_named(folder: Path) -> None:
     write_index(folder, {"a": FIRST, "b": FIRST}, "half.safetensors.index.json")
     assert names_in(folder / "half.safetensors.index.json") == {"a", "b"}
@@ -132,44 +114,6 @@ def test_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_path_that_cannot_be_there_is_refused(path: str) -> None:
     with pytest.raises(CheckpointError, match="no such file or folder"):
         open_checkpoint(path)
-
-
-def test_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"the folder is empty: expected {INDEX} or a .safetensors file"):
-        open_checkpoint(tmp_path)
-
-
-def test_folder_without_weights_is_refused_and_says_what_it_has(tmp_path: Path) -> None:
-    (tmp_path / "README.md").touch()
-    with pytest.raises(CheckpointError, match=r"not a checkpoint: expected .*, found README\.md") as caught:
-        open_checkpoint(tmp_path)
-    assert type(caught.value) is CheckpointError
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json", "a.pt", "a.pth", "a.gguf"])
-def test_folder_with_other_formats_alone_is_unsupported(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).touch()
-    with pytest.raises(UnsupportedFormatError, match=f"no safetensors files here: found {name}"):
-        open_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json", "config.json", "safetensors"])
-def test_file_of_another_format_is_unsupported(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).touch()
-    with pytest.raises(UnsupportedFormatError, match=r"not a checkpoint .* expected a folder, \*\.index\.json"):
-        open_checkpoint(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    "names",
-    [("a.safetensors", "b.safetensors"), ("a.safetensors.index.json", "b.safetensors.index.json")],
-    ids=["files", "indexes"],
-)
-def test_folder_with_several_candidates_is_refused_and_lists_them(tmp_path: Path, names: tuple[str, str]) -> None:
-    for name in names:
-        (tmp_path / name).touch()
-    with pytest.raises(CheckpointError, match="several checkpoints: found {} {}".format(*names)):
-        open_checkpoint(tmp_path)
 
 
 # The index

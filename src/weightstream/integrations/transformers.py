@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from weightstream.errors import CheckpointError, UnsupportedFormatError
-from weightstream.prefetch.checkpoint import find_checkpoint, open_checkpoint
+from weightstream.prefetch.checkpoint import open_checkpoint
+from weightstream.prefetch.finding import find_checkpoint
 
 __all__ = ["build_on_meta"]
 
@@ -28,6 +29,7 @@ def build_on_meta(
     auto_class: type | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    variant: str | None = None,
 ) -> nn.Module:
     """Build the model that a checkpoint's config.json describes, without memory for its weights.
 
@@ -36,21 +38,21 @@ def build_on_meta(
     mode. Reads local files only, and runs no code that comes with the checkpoint.
 
     Args:
-        path: the checkpoint: its folder, or a file in it.
+        path: the checkpoint: its folder, a file in it, or `org/name` in the local Hugging Face cache.
         auto_class: a class of transformers (`AutoModelForCausalLM`, `LlamaModel`); None: the one that config.json names
             in `architectures`, else `AutoModel`.
         dtype: None: what config.json says, else that of the checkpoint's first floating-point tensor.
         device: where the computed buffers go; the parameters are on meta.
+        variant: which of the checkpoints in the folder, as in `prefetch.variant`.
 
     Raises:
         CheckpointError: there is no checkpoint or no config.json beside it, or transformers cannot work with that.
         WeightstreamError: from opening the checkpoint, where config.json has no dtype; see `open_checkpoint`.
         UnsupportedFormatError: the checkpoint is quantised, which takes more than the model's own modules.
     """
-    found = find_checkpoint(path)
-    folder = found.parent
+    folder = find_checkpoint(path, variant=variant).path.parent
     config = _read_config(folder)
-    wanted = dtype or config.dtype or _stored_dtype(found)
+    wanted = dtype or config.dtype or _stored_dtype(path, variant)
     with torch.device("meta"):
         model = _make(auto_class or _architecture(config), config, wanted, folder)
     _keep_in_float32(model, wanted)
@@ -81,8 +83,8 @@ def _choose_no_kernels(config: Any) -> None:  # noqa: ANN401
     config._experts_implementation = None  # noqa: SLF001
 
 
-def _stored_dtype(path: Path) -> torch.dtype:
-    with open_checkpoint(path) as checkpoint:
+def _stored_dtype(path: str | os.PathLike[str], variant: str | None) -> torch.dtype:
+    with open_checkpoint(path, variant=variant) as checkpoint:
         floats = (_FLOATS.get(spec.dtype) for spec in checkpoint.tensors.values())
         return next((dtype for dtype in floats if dtype is not None), torch.get_default_dtype())
 

@@ -1,0 +1,109 @@
+"""The index of a checkpoint: which shard each tensor is in. Checked as strictly as the headers are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from weightstream.errors import CheckpointError, IndexMismatchError, ReadError
+from weightstream.prefetch.header import (
+    MAX_HEADER_BYTES,
+    MAX_STRINGS,
+    TensorSpec,
+    count_strings,
+    one_line,
+    parse_string_mapping,
+    refuse_doubles,
+)
+from weightstream.prefetch.opening import open_regular
+
+__all__ = ["MAX_INDEX_BYTES", "check_index", "parse_index", "read_index"]
+
+#: Our own limit on the length of an index, which the format does not have.
+MAX_INDEX_BYTES = MAX_HEADER_BYTES
+
+_decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+def read_index(path: Path, resolved: Path) -> dict[str, str]:
+    """Return the index's `weight_map`: the name of each tensor's shard."""
+    try:
+        fd, opened = open_regular(path, resolved)
+        with os.fdopen(fd, "rb") as file:
+            if opened.st_size > MAX_INDEX_BYTES:
+                raise CheckpointError(
+                    "the index is too long",
+                    file=path,
+                    expected=f"at most {MAX_INDEX_BYTES} bytes",
+                    actual=f"{opened.st_size} bytes",
+                )
+            raw = file.read(opened.st_size)
+    except OSError as exc:
+        raise ReadError(f"cannot read the index: {exc.strerror}", file=path, actual=f"errno {exc.errno}") from exc
+    return parse_index(raw, file=str(path))
+
+
+def parse_index(raw: bytes, *, file: str) -> dict[str, str]:
+    """Parse the JSON of an index; members beside the `weight_map` must be JSON, and are not looked at.
+
+    Returns:
+        The name of each tensor's shard, as it is written.
+
+    Raises:
+        CheckpointError: not an index: not JSON in UTF-8, a key twice, no map of strings, or more than the limits allow.
+    """
+    try:
+        weight_map = _decode_index(raw)
+    except (msgspec.DecodeError, RecursionError, ValueError) as exc:
+        raise CheckpointError(
+            f"the index is not valid: {one_line(exc)}",
+            file=file,
+            expected='a JSON object with a "weight_map" of strings',
+        ) from exc
+    if not weight_map:
+        raise CheckpointError("the index lists no tensors", file=file)
+    return weight_map
+
+
+def _decode_index(raw: bytes) -> dict[str, str]:
+    num_strings = count_strings(raw)
+    if num_strings > MAX_STRINGS:
+        raise ValueError(f"more than {MAX_STRINGS} strings")
+    raw.decode()  # the decoder does not look into what it skips
+    members = _decode_members(raw)
+    if num_strings != len(members) + sum(count_strings(bytes(member)) for member in members.values()):
+        refuse_doubles(raw)  # the decoder has kept the last of two and dropped the other with its strings
+    if "weight_map" not in members:
+        raise ValueError("there is no `weight_map`")
+    return parse_string_mapping(members["weight_map"])
+
+
+def check_index(
+    path: Path, weight_map: dict[str, str], tensors: dict[str, TensorSpec], headers: dict[str, list[TensorSpec]]
+) -> None:
+    """Compare the index with the tensors that each shard's header names."""
+    expected = [shard for shard, header in headers.items() for _ in header]
+    if len(weight_map) == len(tensors) == len(expected) and list(map(weight_map.get, tensors)) == expected:
+        return
+    missing = [name for name in weight_map if name not in tensors]
+    strangers = [
+        (spec.name, shard) for shard, header in headers.items() for spec in header if weight_map.get(spec.name) != shard
+    ]
+    parts: list[str] = []
+    if missing:
+        some = _some([f"{name} (index: {weight_map[name]})" for name in missing[:5]], len(missing))
+        parts.append(f"{len(missing)} named in the index but in no header: {some}")
+    if strangers:
+        some = _some(
+            [f"{name} (in {shard}; index: {weight_map.get(name, 'not listed')})" for name, shard in strangers[:5]],
+            len(strangers),
+        )
+        parts.append(f"{len(strangers)} in a header that the index does not name there: {some}")
+    raise IndexMismatchError("index and headers disagree", file=path, actual="; ".join(parts))
+
+
+def _some(first: list[str], total: int) -> str:
+    more = total - len(first)
+    return ", ".join(first) + (f" and {more} more" if more else "")

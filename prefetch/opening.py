@@ -1,0 +1,104 @@
+"""Opening: which files may be opened at all, and how.
+
+A checkpoint comes from somebody else: the names in it lead to regular files inside its folder, or in the blobs of the
+Hugging Face cache that it is a snapshot of, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from weightstream.errors import CheckpointError, IntegrityError, MissingShardError, ReadError
+
+__all__ = ["Shard", "identity_of", "open_regular", "open_shard", "resolve"]
+
+#: The kernel's limit on a path (PATH_MAX). Longer names are refused before anything splits or resolves them.
+_MAX_NAME_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One open file of a checkpoint. `identity` is (device, inode, bytes, mtime in ns) as the preflight saw it."""
+
+    path: Path
+    fd: int
+    num_bytes: int
+    identity: tuple[int, int, int, int]
+
+
+def open_shard(root: Path, name: str, listed_in: Path, *, allow_outside_links: bool) -> Shard:
+    """Open one shard for reading, after checking where it lies and what it is; never blocks on a FIFO."""
+    if (
+        not name
+        or "\0" in name
+        or name.startswith("/")
+        or len(os.fsencode(name)) > _MAX_NAME_BYTES
+        or ".." in PurePosixPath(name).parts
+    ):
+        raise CheckpointError(
+            f"the shard's name {name[:100]!r} is not a plain relative path",
+            file=listed_in,
+            hint="Do not trust this index",
+        )
+    path = root / name
+    resolved = resolve(root, path, allow_outside_links=allow_outside_links)
+    try:
+        fd, opened = open_regular(path, resolved)
+    except FileNotFoundError as exc:
+        raise MissingShardError(
+            "the shard does not exist", file=path, hint=f"{listed_in.name} names it: fetch it again"
+        ) from exc
+    return Shard(path, fd, opened.st_size, identity_of(opened))
+
+
+def resolve(root: Path, path: Path, *, allow_outside_links: bool) -> Path:
+    """Follow links, which must end in the checkpoint's own folder `root` or in the blobs that it is a snapshot of."""
+    try:
+        resolved = Path(os.path.realpath(path))
+    except RecursionError as exc:
+        raise CheckpointError("too many links that lead to each other", file=path) from exc
+    if allow_outside_links or resolved.is_relative_to(root) or _is_hub_blob(root, resolved):
+        return resolved
+    raise CheckpointError(
+        "this is a link to outside the checkpoint's folder",
+        file=path,
+        expected=f"a file in {root}",
+        actual=resolved,
+        hint="Set prefetch.allow_outside_links if you trust it",
+    )
+
+
+def open_regular(path: Path, resolved: Path) -> tuple[int, os.stat_result]:
+    """Open a regular file, and nothing else; `path` is its name in messages. Whether it exists is the caller's care."""
+    try:
+        before = os.stat(resolved)
+        if not stat.S_ISREG(before.st_mode):
+            raise CheckpointError("not a regular file", file=path, actual=stat.filemode(before.st_mode))
+        fd = os.open(resolved, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except FileNotFoundError:
+        raise
+    except OSError as exc:
+        raise ReadError(f"cannot open the file: {exc.strerror}", file=path, actual=f"errno {exc.errno}") from exc
+    opened = os.fstat(fd)
+    if identity_of(opened) != identity_of(before):
+        os.close(fd)
+        raise IntegrityError("the file was replaced while it was being opened", file=path)
+    return fd, opened
+
+
+def _is_hub_blob(root: Path, resolved: Path) -> bool:
+    """Tell whether `resolved` is one of the blobs of the Hugging Face cache that `root` is a snapshot of.
+
+    The cache's layout: models--ORG--NAME/snapshots/REVISION/ holds links into models--ORG--NAME/blobs/.
+    """
+    return any(
+        parent.name == "snapshots" and resolved.is_relative_to(parent.parent / "blobs") for parent in root.parents
+    )
+
+
+def identity_of(found: os.stat_result) -> tuple[int, int, int, int]:
+    """Return what tells a file from others, and from itself after a change: device, inode, bytes, mtime in ns."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
