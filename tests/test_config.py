@@ -153,7 +153,13 @@ def test_merge_key_may_be_overridden(write: Write) -> None:
 
 def test_relative_checkpoint_in_a_file_starts_at_its_folder(write: Write) -> None:
     path = write("checkpoint: models/a")
+    (path.parent / "models" / "a").mkdir(parents=True)
     assert LoaderConfig.from_yaml(path).checkpoint == path.parent / "models" / "a"
+    assert LoaderConfig.from_yaml(write("checkpoint: ./missing/a")).checkpoint == path.parent / "missing" / "a"
+
+
+def test_repository_in_a_file_stays_what_it_is(write: Write) -> None:
+    assert LoaderConfig.from_yaml(write("checkpoint: org/name@v1")).checkpoint == Path("org/name@v1")
 
 
 def test_absolute_checkpoint_in_a_file_is_kept(write: Write) -> None:
