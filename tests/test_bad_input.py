@@ -183,8 +183,8 @@ def not_a_checkpoint(folder: Path) -> Wrong:
 def other_format(folder: Path) -> Wrong:
     for file in folder.iterdir():
         file.unlink()
-    (folder / "pytorch_model.bin").touch()
-    return Wrong(ws.UnsupportedFormatError, ["no safetensors files", "pytorch_model.bin", "Convert"], file="")
+    (folder / "model.gguf").touch()
+    return Wrong(ws.UnsupportedFormatError, ["cannot be loaded", "model.gguf", "Convert"], file="")
 
 
 def broken_index(folder: Path) -> Wrong:
