@@ -246,6 +246,12 @@ class Layout:
         landings.append(Landing(block, start, end - start))
         return Transfer(first, stop, head, num_bytes, tuple(landings), tuple(runs), tuple(loose), used)
 
+    def unwanted(self, shard: int, begin: int, num_bytes: int) -> Transfer:
+        """Lay a chunk out that holds no tensor: it stays in a mapped file, or is read into a slot and dropped."""
+        if self.num_given:
+            return Transfer(0, 0, 0, num_bytes, (Landing(shard, begin, num_bytes),), (), (), 0)
+        return Transfer(0, 0, 0, num_bytes, (Landing(IN_SLOT, 0, num_bytes),), (), (), num_bytes)
+
     def _as_one(self, first: int, stop: int, head: int, num_bytes: int) -> Landing | None:
         """Return where a chunk lands if it does so in one piece, without a gap."""
         if self._breaks[first] != self._breaks[stop - 1]:

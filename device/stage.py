@@ -27,7 +27,7 @@ class DeviceStage:
         layout: where everything lies.
         stream: the user's current stream when the load was asked for.
         on_block: told the size of every block that is made (positive) and let go (negative).
-        given: the memory of the layout's given blocks.
+        given: the memory of the layout's given blocks, which is only ever read from here.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class DeviceStage:
         *,
         stream: object,
         on_block: Callable[[int], None],
-        given: Sequence[torch.Tensor] = (),
+        given: Sequence[memoryview] = (),
     ) -> None:
         self.num_copies = 0
         #: Whether readers may write to the blocks themselves.
@@ -49,8 +49,10 @@ class DeviceStage:
         self._stream = stream
         self._on_block = on_block
         self._lock = threading.Lock()
-        self._blocks: dict[int, torch.Tensor] = dict(enumerate(given))
-        self._views: dict[int, memoryview] = {}
+        self._blocks: dict[int, torch.Tensor] = {
+            index: torch.frombuffer(memory, dtype=torch.uint8) for index, memory in enumerate(given)
+        }
+        self._views: dict[int, memoryview] = dict(enumerate(given))
         self._members = list(layout.members)
 
     def open(self) -> None:
@@ -135,7 +137,7 @@ class DeviceStage:
             else:
                 views = _views(_elements(self._block(block), dtype), shape, offsets)
                 self._members[block] -= len(ranks)
-                if not self._members[block]:
+                if not self._members[block] and block >= self._layout.num_given:
                     self._drop(block)
             taken.update(zip(ranks, views, strict=True))
         return [taken[rank] for rank in range(len(places))]

@@ -12,6 +12,7 @@ from typing import Self
 
 from weightstream.errors import CheckpointError, IntegrityError, UnsupportedFormatError
 from weightstream.prefetch.finding import find_checkpoint, refuse_rivals
+from weightstream.prefetch.hashing import FileHash
 from weightstream.prefetch.header import TensorSpec, read_header
 from weightstream.prefetch.index import check_index, read_index
 from weightstream.prefetch.opening import Shard, identity_of, open_shard, resolve
@@ -27,16 +28,28 @@ class Checkpoint:
         shards: its files; a tensor's `shard` is an index into this tuple.
         tensors: every tensor by name, in the order of shards and bytes.
         notes: what was left alone where there was a choice, one sentence each.
+        hashes: for each shard, a hash that has seen its header; empty unless the checkpoint was opened to be verified.
     """
 
     def __init__(
-        self, path: Path, shards: tuple[Shard, ...], tensors: dict[str, TensorSpec], notes: tuple[str, ...] = ()
+        self,
+        path: Path,
+        shards: tuple[Shard, ...],
+        tensors: dict[str, TensorSpec],
+        notes: tuple[str, ...] = (),
+        hashes: tuple[FileHash, ...] = (),
     ) -> None:
         self.path = path
         self.shards = shards
         self.tensors = tensors
         self.notes = notes
+        self.hashes = hashes
         self._closed = False
+
+    @property
+    def folder(self) -> Path:
+        """Where its shards lie, without links."""
+        return Path(os.path.realpath(self.path.parent))
 
     @property
     def file_system(self) -> int:
@@ -87,7 +100,11 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], *, variant: str | None = None, allow_outside_links: bool = False
+    path: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    allow_outside_links: bool = False,
+    hashes: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint: every shard, every header, and the agreement of both with the index.
 
@@ -98,6 +115,7 @@ def open_checkpoint(
         variant: see `find_checkpoint`.
         allow_outside_links: accept shards that are links to outside the checkpoint's folder. A single file that is
             named by its own path may always be one.
+        hashes: begin to hash every shard. What is hashed of a header are the very bytes that are parsed.
 
     Raises:
         CheckpointError: not a checkpoint, several, an index that is not valid, or a file that may not be opened.
@@ -123,13 +141,14 @@ def open_checkpoint(
     anywhere = allow_outside_links or (weight_map is None and found.named)
     shards: list[Shard] = []
     headers: list[list[TensorSpec]] = []
+    begun = [FileHash() for _ in names] if hashes else []
     files: dict[tuple[int, ...], str] = {}
     try:
         for number, name in enumerate(names):
             shard = open_shard(root, name, listed_in, allow_outside_links=anywhere)
             shards.append(shard)
             _check_new(shard, name, files)
-            headers.append(_read_tensors(shard, number))
+            headers.append(_read_tensors(shard, number, begun[number] if hashes else None))
         tensors = {spec.name: spec for header in headers for spec in header}
         if weight_map is not None:
             check_index(listed_in, weight_map, tensors, dict(zip(names, headers, strict=True)))
@@ -137,13 +156,14 @@ def open_checkpoint(
         for shard in shards:
             os.close(shard.fd)
         raise
-    return Checkpoint(listed_in, tuple(shards), tensors, found.notes)
+    return Checkpoint(listed_in, tuple(shards), tensors, found.notes, tuple(begun))
 
 
-def _read_tensors(shard: Shard, number: int) -> list[TensorSpec]:
+def _read_tensors(shard: Shard, number: int, begun: FileHash | None) -> list[TensorSpec]:
     if shard.path.suffix in (".bin", ".pt", ".pth"):
         raise UnsupportedFormatError("not safetensors", file=shard.path, hint="Convert it to safetensors")
-    return read_header(shard.fd, shard.num_bytes, file=str(shard.path), shard=number)
+    on_bytes = None if begun is None else begun.update
+    return read_header(shard.fd, shard.num_bytes, file=str(shard.path), shard=number, on_bytes=on_bytes)
 
 
 def _check_new(shard: Shard, name: str, files: dict[tuple[int, ...], str]) -> None:

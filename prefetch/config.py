@@ -77,6 +77,12 @@ class PrefetchConfig(BaseModel):
         description="Which of the checkpoints in a folder: `fp16` stands for model.fp16.safetensors, "
         "model.fp16.safetensors.index.json and the like. null: the one without a variant, or the only one.",
     )
+    verify: Literal["none", "sha256"] = Field(
+        default="none",
+        description="`sha256`: hash every shard that is loaded from while it is read, and fail unless its SHA-256 is what a "
+        "manifest beside the checkpoint (SHA256SUMS or *.sha256) or the name of its blob in the Hugging Face cache says; "
+        "without either, fail before anything is loaded. Shards are read in the order of their bytes.",
+    )
     allow_outside_links: bool = Field(
         default=False,
         description="Accept shards that are symbolic links to somewhere outside the checkpoint's folder (links into "

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import msgspec
@@ -133,7 +134,9 @@ _STRINGS_PER_ENTRY = 5
 _EXPLAINED_BYTES = 2**17
 
 
-def read_header(fd: int, file_bytes: int, *, file: str, shard: int) -> list[TensorSpec]:
+def read_header(
+    fd: int, file_bytes: int, *, file: str, shard: int, on_bytes: Callable[[bytes], None] | None = None
+) -> list[TensorSpec]:
     """Read and check the header of an open safetensors file.
 
     Args:
@@ -141,6 +144,7 @@ def read_header(fd: int, file_bytes: int, *, file: str, shard: int) -> list[Tens
         file_bytes: the file's length.
         file: its name, for messages.
         shard: the number that the specs carry.
+        on_bytes: told the bytes that were read, from the file's first one on, before they are parsed.
 
     Returns:
         The tensors in the order of their bytes.
@@ -152,7 +156,8 @@ def read_header(fd: int, file_bytes: int, *, file: str, shard: int) -> list[Tens
     """
     if file_bytes < 8:
         raise HeaderError("too short for a safetensors file", file=file, expected="8 bytes or more", actual=file_bytes)
-    length = int.from_bytes(_pread(fd, 8, 0, file), "little")
+    prefix = _pread(fd, 8, 0, file)
+    length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         raise HeaderError(
             "the header is too long", file=file, expected=f"at most {MAX_HEADER_BYTES} bytes", actual=f"{length} bytes"
@@ -165,7 +170,11 @@ def read_header(fd: int, file_bytes: int, *, file: str, shard: int) -> list[Tens
             actual=f"{file_bytes} bytes",
             hint="The file is truncated: fetch it again",
         )
-    specs = parse_header(_pread(fd, length, 8, file), file=file, shard=shard)
+    raw = _pread(fd, length, 8, file)
+    if on_bytes is not None:
+        on_bytes(prefix)
+        on_bytes(raw)
+    specs = parse_header(raw, file=file, shard=shard)
     expected = specs[-1].end if specs else 8 + length
     if expected != file_bytes:
         problem = "truncated" if file_bytes < expected else "longer than its header says"

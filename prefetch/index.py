@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import msgspec
 
-from weightstream.errors import CheckpointError, IndexMismatchError, ReadError
+from weightstream.errors import CheckpointError, IndexMismatchError
 from weightstream.prefetch.header import (
     MAX_HEADER_BYTES,
     MAX_STRINGS,
@@ -17,7 +16,7 @@ from weightstream.prefetch.header import (
     parse_string_mapping,
     refuse_doubles,
 )
-from weightstream.prefetch.opening import open_regular
+from weightstream.prefetch.opening import read_whole
 
 __all__ = ["MAX_INDEX_BYTES", "check_index", "parse_index", "read_index"]
 
@@ -29,19 +28,7 @@ _decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 def read_index(path: Path, resolved: Path) -> dict[str, str]:
     """Return the index's `weight_map`: the name of each tensor's shard."""
-    try:
-        fd, opened = open_regular(path, resolved)
-        with os.fdopen(fd, "rb") as file:
-            if opened.st_size > MAX_INDEX_BYTES:
-                raise CheckpointError(
-                    "the index is too long",
-                    file=path,
-                    expected=f"at most {MAX_INDEX_BYTES} bytes",
-                    actual=f"{opened.st_size} bytes",
-                )
-            raw = file.read(opened.st_size)
-    except OSError as exc:
-        raise ReadError(f"cannot read the index: {exc.strerror}", file=path, actual=f"errno {exc.errno}") from exc
+    raw = read_whole(path, resolved, what="index", most_bytes=MAX_INDEX_BYTES)
     return parse_index(raw, file=str(path))
 
 

@@ -18,7 +18,7 @@ from weightstream.prefetch.memory import MAP_FAILED, PAGE_BYTES, mapping_libc
 from weightstream.prefetch.opening import Shard
 from weightstream.prefetch.source import ByteRange
 
-__all__ = ["Prefault", "map_shard"]
+__all__ = ["Prefault", "map_shard", "populate"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,14 +73,15 @@ class Prefault:
             if not self._left:
                 return None
             memory, wanted = self._left.pop()
-        return lambda: _bring_in(memory, wanted)
+        return lambda: populate(memory[wanted.begin : wanted.end])
 
 
-def _bring_in(memory: memoryview, wanted: ByteRange) -> None:
+def populate(memory: memoryview) -> None:
+    """Bring a part of a mapped file in, and wait for it. Where that is not possible, whoever touches it first waits."""
     # Not `mmap.madvise`, which holds the GIL meanwhile: 168 ms for half a gigabyte.
-    begin = wanted.begin // PAGE_BYTES * PAGE_BYTES
-    address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)) + begin)
-    length = ctypes.c_size_t(wanted.end - begin)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    page = begin // PAGE_BYTES * PAGE_BYTES
+    address, length = ctypes.c_void_p(page), ctypes.c_size_t(begin - page + len(memory))
     libc = mapping_libc()
     if libc.madvise(address, length, _MADV_POPULATE_READ) and libc.madvise(address, length, _MADV_WILLNEED):
-        logger.debug("cannot prefault bytes %d to %d: %s", begin, wanted.end, os.strerror(ctypes.get_errno()))
+        logger.debug("cannot prefault %d bytes: %s", len(memory), os.strerror(ctypes.get_errno()))

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from weightstream.errors import CheckpointError, IntegrityError, MissingShardError, ReadError
 
-__all__ = ["Shard", "identity_of", "open_regular", "open_shard", "resolve"]
+__all__ = ["Shard", "identity_of", "open_regular", "open_shard", "read_whole", "resolve"]
 
 #: The kernel's limit on a path (PATH_MAX). Longer names are refused before anything splits or resolves them.
 _MAX_NAME_BYTES = 4096
@@ -21,12 +21,21 @@ _MAX_NAME_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One open file of a checkpoint. `identity` is (device, inode, bytes, mtime in ns) as the preflight saw it."""
+    """One open file of a checkpoint.
+
+    Attributes:
+        path: its name in the checkpoint's folder.
+        fd: open for reading.
+        num_bytes: its length.
+        identity: (device, inode, bytes, mtime in ns) as the preflight saw it.
+        blob: its name among the blobs of the Hugging Face cache, if the checkpoint is a snapshot there.
+    """
 
     path: Path
     fd: int
     num_bytes: int
     identity: tuple[int, int, int, int]
+    blob: str | None = None
 
 
 def open_shard(root: Path, name: str, listed_in: Path, *, allow_outside_links: bool) -> Shard:
@@ -51,7 +60,8 @@ def open_shard(root: Path, name: str, listed_in: Path, *, allow_outside_links: b
         raise MissingShardError(
             "the shard does not exist", file=path, hint=f"{listed_in.name} names it: fetch it again"
         ) from exc
-    return Shard(path, fd, opened.st_size, identity_of(opened))
+    blob = resolved.name if _is_hub_blob(root, resolved) else None
+    return Shard(path, fd, opened.st_size, identity_of(opened), blob)
 
 
 def resolve(root: Path, path: Path, *, allow_outside_links: bool) -> Path:
@@ -87,6 +97,28 @@ def open_regular(path: Path, resolved: Path) -> tuple[int, os.stat_result]:
         os.close(fd)
         raise IntegrityError("the file was replaced while it was being opened", file=path)
     return fd, opened
+
+
+def read_whole(path: Path, resolved: Path, *, what: str, most_bytes: int) -> bytes:
+    """Read a file that describes a checkpoint; `path` is its name in messages, and `what` what it is.
+
+    Raises:
+        CheckpointError: it has more than `most_bytes`, or is no regular file.
+        ReadError: the operating system refused to open or read it.
+    """
+    try:
+        fd, opened = open_regular(path, resolved)
+        with os.fdopen(fd, "rb") as file:
+            if opened.st_size > most_bytes:
+                raise CheckpointError(
+                    f"the {what} is too long",
+                    file=path,
+                    expected=f"at most {most_bytes} bytes",
+                    actual=f"{opened.st_size} bytes",
+                )
+            return file.read(opened.st_size)
+    except OSError as exc:
+        raise ReadError(f"cannot read the {what}: {exc.strerror}", file=path, actual=f"errno {exc.errno}") from exc
 
 
 def _is_hub_blob(root: Path, resolved: Path) -> bool:

@@ -172,7 +172,9 @@ class Engine:
         self._check_room(plan, backend, delivers=delivers)
         if strategy in ("preload", "direct"):
             return self._own_ring(plan, backend, slots_of_own(plan, strategy, io), on_fallback)
-        needed = sum(1 for chunk in plan.chunks if io == "direct" or chunk.transfer.slot_bytes)
+        needed = sum(
+            1 for chunk in plan.chunks if chunk.transfer.slot_bytes or (io == "direct" and not chunk.is_mapped)
+        )
         wished = max(needed, min(num_cold, DIRECT_SLOTS)) if io == "auto" else needed
         if not wished:
             return None

@@ -1,11 +1,11 @@
 """The flow of one load: its chunks from granted to placed, who may go on, and who waits.
 
 A chunk is granted to readers when its turn has come and there is a buffer for it; they read it in as many parts as the
-tuner says. Filled, it waits for the load's own thread, which submits its copies; copied, its slot goes back to the ring
+tuner says. If the load is verified, it is then hashed, in its turn. Filled, it waits for the load's own thread, which submits its copies; copied, its slot goes back to the ring
 and its tensors are placed. Back-pressure is nothing but this: no free slot, no grant.
 
 Threads and locks. `take` and the reads it returns run on reader threads, `_reclaim` on a thread of this load,
-everything else on the load's own thread; `stop` on any. One condition guards all state. It is never held
+`_hash` on others, everything else on the load's own thread; `stop` on any. One condition guards all state. It is never held
 while a slot is given back, because that wakes the reader pool, whose lock is taken before this one.
 """
 
@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from weightstream.device.backend import Event
 from weightstream.device.stage import DeviceStage
-from weightstream.errors import LoadTimeoutError
+from weightstream.errors import IntegrityError, LoadTimeoutError
+from weightstream.prefetch.mapping import populate
 from weightstream.prefetch.memory import PAGE_BYTES, copy_out
 from weightstream.prefetch.readers import Thread
 from weightstream.prefetch.ring import Ring, Slot
@@ -27,6 +28,7 @@ from weightstream.scheduler.clock import Clock
 from weightstream.scheduler.ledger import Ledger, Section
 from weightstream.scheduler.plan import Chunk, LoadPlan
 from weightstream.scheduler.reading import Reading
+from weightstream.scheduler.verification import Part, Verification
 
 __all__ = ["Filled", "Flow"]
 
@@ -69,6 +71,7 @@ class Flow:
         clock: time and conditions.
         ledger: kept up to date under this object's lock.
         admit: asked, in the order of the plan and without blocking, whether a chunk may be granted now.
+        verification: hashes every chunk before it is handed on, if the load is verified; guarded by this object's lock.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Flow:
         clock: Clock,
         ledger: Ledger,
         admit: Callable[[Chunk], bool] | None = None,
+        verification: Verification[_Fill] | None = None,
     ) -> None:
         self.bytes_read = 0
         self.bytes_placed = 0
@@ -90,6 +94,9 @@ class Flow:
         self._clock = clock
         self._ledger = ledger
         self._admit = admit
+        self._verification = verification
+        if verification is not None:
+            ledger.verifies()
         self._condition = clock.condition()
         self._next = 0
         self._unplaced = len(plan.chunks)
@@ -103,6 +110,8 @@ class Flow:
         self._error: BaseException | None = None
         self._drained = False
         self._reclaimer: Thread | None = None
+        self._num_hashing = 0
+        self._hashers: list[Thread] = []
 
     # Reader threads.
 
@@ -173,7 +182,7 @@ class Flow:
             if self._error is None:
                 self.bytes_read += end - begin
                 if fill.num_reading == fill.left_bytes == 0:
-                    self._hand_over(fill)
+                    self._complete(fill)
             self._ledger.change(reading=-1, filled=len(self._filled) - was_filled)
             if self._error is not None or not fill.num_reading:
                 self._condition.notify_all()
@@ -210,14 +219,38 @@ class Flow:
                 return
         view = None if fill.slot is None else fill.slot.view
         buffers = self._stage.buffers(fill.chunk.transfer, view, part.begin - whole.begin, part.end - whole.begin)
-        if fill.bounces:
+        if fill.chunk.is_mapped:
+            for buffer in buffers:
+                populate(buffer)
+        elif fill.bounces:
             assert view is not None
             copy_out(view[offset + part.begin % PAGE_BYTES :], buffers)
         else:
             self._source.read(part, buffers)
 
+    def _complete(self, fill: _Fill) -> None:
+        """Pass a chunk whose last part has been read to those who hash it, in whatever memory it is, or on."""
+        verification = self._verification
+        if verification is None:
+            self._hand_over(fill)
+            return
+        chunk, slot = fill.chunk, fill.slot
+        if fill.direct and not fill.bounces:
+            assert slot is not None
+            shift = chunk.source.begin % PAGE_BYTES
+            buffers = [slot.view[shift : shift + chunk.num_bytes]]
+        else:
+            view = None if slot is None else slot.view
+            buffers = self._stage.buffers(chunk.transfer, view, 0, chunk.num_bytes)
+        verification.put(Part(chunk.source, buffers, fill))
+        self._ledger.change(unhashed=1)
+        while len(self._hashers) < verification.num_threads:
+            number = len(self._hashers)
+            self._hashers.append(self._clock.spawn(lambda: self._hash(verification), f"weightstream-hash-{number}"))
+        self._condition.notify_all()
+
     def _hand_over(self, fill: _Fill) -> None:
-        """Pass a chunk on whose last part has been read."""
+        """Pass a chunk on whose last part has been read, and hashed if need be."""
         del self._fills[fill.chunk.index]
         if fill.slot is None or fill.bounces:
             self._placed.append(fill.chunk)
@@ -276,7 +309,7 @@ class Flow:
             raise LoadTimeoutError(
                 "the load took too long",
                 expected=f"at most {timeout_s:g} s",
-                actual=f"{self.bytes_placed} of {self._plan.num_bytes} bytes placed",
+                actual=f"{self.bytes_placed} of {self._plan.total_bytes} bytes placed",
                 hint="Raise scheduler.timeout_s, or look at the report's phases for what is slow",
             )
         self._condition.wait(remaining)
@@ -334,8 +367,9 @@ class Flow:
         """
         until = self._clock.now() + grace_s
         with self._condition:
-            while self._num_reading and (left := until - self._clock.now()) > 0:
+            while (self._num_reading or self._num_hashing) and (left := until - self._clock.now()) > 0:
                 self._condition.wait(left)
+            hashers = [] if self._num_hashing else self._hashers  # a page of a mapped file may never come
             num_stuck = self._num_reading
             stuck: list[Slot] = []
             for fill in self._fills.values():  # a chunk of which no part is being read has its slot to give back
@@ -357,9 +391,56 @@ class Flow:
             self._ring.release(slot)
         for slot in stuck:
             self._ring.write_off(slot)
+        for hasher in hashers:
+            hasher.join()
         if self._reclaimer is not None:
             self._reclaimer.join()
         return num_stuck
+
+    def _hash(self, verification: Verification[_Fill]) -> None:
+        """Hash chunks in the order of their bytes and hand them on, on one of several threads of their own.
+
+        A chunk that is being hashed is still in `_fills`: when the load fails, `drain` waits for the hashing, and gives
+        its slot back.
+        """
+        while True:
+            with self._condition:
+                while (part := self._next_part_to_hash(verification)) is None:
+                    if self._drained or self._error is not None:
+                        return
+                    self._condition.wait()
+            began_s = self._clock.now()
+            error: BaseException | None = None
+            try:
+                verification.hash(part, lambda: self._error is None)
+            except BaseException as exc:  # noqa: BLE001 (whatever it is, it ends the load)
+                error = exc
+            with self._condition:
+                self._num_hashing -= 1
+                self._ledger.change(hashing=-1)
+                self._error = self._error or error
+                self._finish_hashed(verification, part, self._clock.now() - began_s)
+                self._condition.notify_all()
+            del part  # it holds buffers that must not outlive the load
+
+    def _next_part_to_hash(self, verification: Verification[_Fill]) -> Part[_Fill] | None:
+        part = None if self._error is not None else verification.take()
+        if part is not None:
+            self._num_hashing += 1
+            self._ledger.change(unhashed=-1, hashing=1)
+        return part
+
+    def _finish_hashed(self, verification: Verification[_Fill], part: Part[_Fill], seconds: float) -> None:
+        if self._error is not None:
+            return
+        try:
+            verification.finish(part, seconds)
+        except IntegrityError as error:
+            self._error = error
+            return
+        was_filled = len(self._filled)
+        self._hand_over(part.item)
+        self._ledger.change(filled=len(self._filled) - was_filled)
 
     def _reclaim(self) -> None:
         """Wait for copies in the order in which they were submitted, on a thread of its own, and free their slots."""

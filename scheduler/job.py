@@ -157,7 +157,10 @@ class Job:
         with ExitStack() as stack:
             config = engine.config.prefetch
             checkpoint = open_checkpoint(
-                self._path, variant=config.variant, allow_outside_links=config.allow_outside_links
+                self._path,
+                variant=config.variant,
+                allow_outside_links=config.allow_outside_links,
+                hashes=config.verify == "sha256",
             )
             stack.callback(checkpoint.close)
             source = engine.machine.open_source(
@@ -174,7 +177,7 @@ class Job:
             stack.callback(prepared.placement.release)
             if prepared.backend.lands:
                 stack.enter_context(engine.borrow(prepared.placement.staged_bytes))
-            self._total_bytes = prepared.plan.num_bytes
+            self._total_bytes = prepared.plan.total_bytes
             pipeline = Pipeline.open(
                 engine,
                 checkpoint,
@@ -195,6 +198,8 @@ class Job:
                 self._ledger.enter("bind")
                 self._state = "finishing"
                 checkpoint.check_unchanged()
+                if pipeline.verification is not None:
+                    pipeline.verification.check_complete()
                 self.readiness.mark(sink.finish())
             except BaseException as error:
                 pipeline.end(error)
@@ -305,7 +310,8 @@ class Job:
             fallbacks=tuple(self._fallbacks),
             missing_keys=tuple(placement.missing_keys),
             unexpected_keys=tuple(placement.unexpected_keys),
-            verified="none",
+            verified="none" if pipeline.verification is None else pipeline.verification.describe(),
+            hash_s=0.0 if pipeline.verification is None else pipeline.verification.hash_s,
         )
 
 
@@ -328,6 +334,8 @@ def _completed(chunks: list[Chunk], parts: dict[int, int]) -> list[int]:
     done: list[int] = []
     for chunk in chunks:
         first, stop = chunk.transfer.first, chunk.transfer.stop
+        if first == stop:  # read to be verified, and for nothing else
+            continue
         for edge in {first, stop - 1}:
             if edge in parts:
                 parts[edge] -= 1

@@ -21,7 +21,8 @@ class Ledger:
 
     In the pipeline the rule is: where a filled chunk waits for the device stage, the copy is what holds the load up;
     where none waits, the disk is; once everything is read, it is the copies, and then the binding, that are left. Of
-    the chunks whose copies have been submitted only the first is being copied: the others wait behind it.
+    the chunks whose copies have been submitted only the first is being copied: the others wait behind it. A load that
+    verifies what it reads waits for that where chunks that were read wait while others are hashed.
 
     Args:
         now: the clock, in seconds.
@@ -29,6 +30,8 @@ class Ledger:
 
     def __init__(self, now: Callable[[], float]) -> None:
         self.reading = 0
+        self.unhashed = 0
+        self.hashing = 0
         self.filled = 0
         self.copying = 0
         self.binding = 0
@@ -59,7 +62,20 @@ class Ledger:
         self.change()
         self._section = section
 
-    def change(self, *, reading: int = 0, filled: int = 0, copying: int = 0, binding: int = 0) -> None:
+    def verifies(self) -> None:
+        """Say that the load will also wait for hashing, which only then is a phase."""
+        self.phases["verify"] = 0.0
+
+    def change(
+        self,
+        *,
+        reading: int = 0,
+        unhashed: int = 0,
+        hashing: int = 0,
+        filled: int = 0,
+        copying: int = 0,
+        binding: int = 0,
+    ) -> None:
         """Book the time until now, then add to the counts of chunks in each state."""
         now = self._now()
         spent, self._last = now - self._last, now
@@ -71,14 +87,21 @@ class Ledger:
             if self.reading:
                 self.both_busy_s += spent
         self.reading += reading
+        self.unhashed += unhashed
+        self.hashing += hashing
         self.filled += filled
         self.copying += copying
         self.binding += binding
 
     def _phase(self) -> str:
+        waits_for_hash = self.hashing and (self.unhashed or not self.reading)
+        if self._section == "disk" and waits_for_hash:
+            return "verify"
         if self._section != "pipeline":
             return self._section
         waiting = self.filled or self.copying > 1
+        if waits_for_hash and not waiting:
+            return "verify"
         if waiting or (self.copying and not self.reading):
             return "bind" if self.binding and not self.copying else "copy"
         if self.reading:

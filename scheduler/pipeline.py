@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-
-import torch
+from typing import Any
 
 from weightstream.device.backend import Backend
 from weightstream.device.stage import DeviceStage
@@ -22,6 +21,7 @@ from weightstream.scheduler.ledger import Ledger
 from weightstream.scheduler.plan import LoadPlan
 from weightstream.scheduler.reading import Reading, Residency, look_at_cache, make_tuner
 from weightstream.scheduler.sinks import Prepared, Sink
+from weightstream.scheduler.verification import Verification
 
 __all__ = ["BlockAccount", "Pipeline"]
 
@@ -46,6 +46,7 @@ class Pipeline:
         stage: carries bytes to them.
         flow: says who may go on.
         prefault: brings mapped files in, if there are some; goes on after the load, unless that fails.
+        verification: compares digests, if that was asked for.
     """
 
     plan: LoadPlan
@@ -55,6 +56,7 @@ class Pipeline:
     stage: DeviceStage
     flow: Flow
     prefault: Prefault | None
+    verification: Verification[Any] | None
     _ring: Ring | None
     _engine: Engine
     _resources: ExitStack
@@ -88,12 +90,16 @@ class Pipeline:
         Raises:
             MemoryBudgetError: there is not enough memory.
             ReadError: files cannot be mapped.
+            IntegrityError: nobody says what the digest of a file should be that is to be verified.
         """
         config = sink.prefetch_config
         backend, plan, strategy = prepared.backend, prepared.plan, prepared.decision.strategy
         if strategy == "direct" and config.io == "auto":  # a slot of the size of a tensor has no room for whole pages
             config = config.model_copy(update={"io": "buffered"})
         with ExitStack() as stack:
+            verification: Verification[Any] | None = None
+            if checkpoint.hashes:
+                verification = Verification(checkpoint, plan, allow_outside_links=config.allow_outside_links)
             found = look_at_cache(plan, source, config)
             if found.unknown:
                 fall_back(_RESIDENCY_UNKNOWN)
@@ -125,8 +131,11 @@ class Pipeline:
             stage = DeviceStage(backend, plan.layout, stream=stream, on_block=blocks.change, given=given)
             stack.callback(stage.close)
             reading = Reading(source, tuner, found.resident, engine.readers.widen)
-            flow = Flow(plan, reading, stage, ring or engine.ring, engine.clock, ledger, sink.admit)
-            return cls(plan, found, tuner, blocks, stage, flow, prefault, ring, engine, stack.pop_all(), fall_back)
+            flow = Flow(plan, reading, stage, ring or engine.ring, engine.clock, ledger, sink.admit, verification)
+            return cls(
+                *(plan, found, tuner, blocks, stage, flow, prefault, verification),
+                *(ring, engine, stack.pop_all(), fall_back),
+            )
 
     def start(self) -> None:
         """Let readers begin."""
@@ -174,8 +183,10 @@ class Pipeline:
             if self.found.num_cold:
                 said += [*self.tuner.decisions, f"read in the end: {self.tuner.setting}"]
         if self.plan.layout.num_given:
-            count = f"{len(self.plan.given)} of {len(self.plan.layout.places)} tensors"
+            count = f"{self.plan.num_mapped} of {len(self.plan.layout.places)} tensors"
             said.append(f"map: {count} are views of the files; the others were read")
+        if self.verification is not None:
+            said += self.verification.decisions()
         return said
 
 
@@ -207,7 +218,7 @@ class BlockAccount:
             self._account.release(self._held)
 
 
-def _map(checkpoint: Checkpoint, plan: LoadPlan) -> tuple[Prefault | None, list[torch.Tensor]]:
+def _map(checkpoint: Checkpoint, plan: LoadPlan) -> tuple[Prefault | None, list[memoryview]]:
     """Map the shards, if the plan says so; return what brings them in, and their bytes."""
     if not plan.layout.num_given:
         return None, []
@@ -217,5 +228,4 @@ def _map(checkpoint: Checkpoint, plan: LoadPlan) -> tuple[Prefault | None, list[
         raise ReadError(
             f"the file system cannot map files: {exc.strerror}", file=checkpoint.path, hint="Set strategy to stream"
         ) from exc
-    given = [torch.frombuffer(memory, dtype=torch.uint8) for memory in mappings]
-    return Prefault(mappings, plan.given_ranges), given
+    return Prefault(mappings, plan.given_ranges), mappings

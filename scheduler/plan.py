@@ -6,17 +6,18 @@ tensor (one without a block of its own) is never cut, unless it is larger than a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from weightstream.device.layout import ALIGNMENT_BYTES, Given, Layout, Transfer, padded
 from weightstream.device.placement import Place
 from weightstream.prefetch.header import TensorSpec
 from weightstream.prefetch.source import ByteRange
 
-__all__ = ["Chunk", "LoadPlan", "make_plan"]
+__all__ = ["Chunk", "LoadPlan", "Whole", "make_plan"]
 
 #: A chunk is closed rather than filled up with less than this much of a large tensor.
 _MIN_CUT_BYTES = 64 * 2**10
@@ -24,15 +25,29 @@ _MIN_CUT_BYTES = 64 * 2**10
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What one read fetches, and what becomes of it."""
+    """What one read fetches, and what becomes of it. `is_mapped`: it is in memory already, as a part of a mapped file."""
 
     index: int
     source: ByteRange
     transfer: Transfer
+    is_mapped: bool = False
 
     @property
     def num_bytes(self) -> int:
         return self.source.end - self.source.begin
+
+
+class Whole(NamedTuple):
+    """Shards are read in whole, each in the order of its bytes, because their digests are compared.
+
+    Attributes:
+        bodies: of each shard: where the bytes begin that have not been seen yet, and where they end.
+        lanes: so many shards are read side by side, so that so many threads can hash. 1: one after the other, as a
+            consumer in the order of the files needs it.
+    """
+
+    bodies: Sequence[tuple[int, int]]
+    lanes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +63,9 @@ class LoadPlan:
         empty: places without bytes.
         given: places whose bytes are where they belong: they are read by nobody.
         given_ranges: where these lie in the shards, in the order in which they should be brought in.
+        num_mapped: how many places stay in mapped files, whether they are given or, to be verified, in chunks.
+        verified: shards that are read in whole, and verified.
+        unwanted_bytes: how much of these no place wants.
     """
 
     chunks: tuple[Chunk, ...]
@@ -58,6 +76,14 @@ class LoadPlan:
     empty: tuple[int, ...]
     given: tuple[int, ...] = ()
     given_ranges: tuple[ByteRange, ...] = ()
+    num_mapped: int = 0
+    verified: tuple[int, ...] = ()
+    unwanted_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """How much is read in all, or is there already."""
+        return self.num_bytes + self.unwanted_bytes
 
 
 def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)
@@ -71,6 +97,7 @@ def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)
     order: Literal["model", "file"],
     isolate_large: bool = False,
     mapped: Sequence[int] | None = None,
+    whole: Whole | None = None,
 ) -> LoadPlan:
     """Cut the wanted tensors into chunks and lay them out.
 
@@ -85,6 +112,7 @@ def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)
         isolate_large: never put a large tensor and another into one chunk, nor tensors on either side of it into one
             block (a consumer that takes tensors one by one could otherwise wait for a chunk that waits for it).
         mapped: the sizes of the shards, if they are mapped and tensors may stay in them.
+        whole: read every shard that something is wanted from in whole, `order` or not.
     """
     layout = Layout(
         places,
@@ -96,58 +124,58 @@ def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)
     )
     cutter = _Cutter(specs, layout, chunk_bytes, isolate_large=isolate_large)
     cuts = list(cutter.cut())
+    given = _given(specs, places, layout, chunk_bytes)
+    num_mapped = len(given.places)
+    verified: tuple[int, ...] = ()
+    if whole is not None:
+        verified = tuple(sorted({spec.shard for spec in specs}))
+        cuts = _whole_shards([*cuts, *given.cuts], whole, verified, chunk_bytes, is_mapped=mapped is not None)
+        given = _Given((), [])
     parts: dict[int, int] = {}
     for cut in cuts:
-        for place in {cut.first, cut.stop - 1}:
-            parts[place] = parts.get(place, 0) + 1
-    if order == "model":
-        position_of = attrgetter("position")
-        cuts.sort(key=lambda cut: min(map(position_of, places[cut.first : cut.stop])))
+        if cut.stop > cut.first:
+            for place in {cut.first, cut.stop - 1}:
+                parts[place] = parts.get(place, 0) + 1
+    if whole is not None:
+        cuts = list(_side_by_side(cuts, places, whole.lanes, order))
+    elif order == "model":
+        for part in (cuts, given.cuts):
+            part.sort(key=_earliest(places))
     chunks = tuple(
         Chunk(
             index,
             ByteRange(cut.shard, cut.begin, cut.end),
-            layout.transfer(cut.first, cut.stop, cut.head, cut.end - cut.begin),
+            layout.transfer(cut.first, cut.stop, cut.head, cut.end - cut.begin)
+            if cut.stop > cut.first
+            else layout.unwanted(cut.shard, cut.begin, cut.end - cut.begin),
+            cut.is_mapped,
         )
         for index, cut in enumerate(cuts)
     )
-    given, ranges = _given(specs, places, layout, chunk_bytes, order)
+    unwanted_bytes = sum(cut.end - cut.begin for cut in cuts if cut.stop == cut.first)
     return LoadPlan(
         chunks,
         layout,
-        sum(chunk.num_bytes for chunk in chunks) + sum(specs[place].num_bytes for place in given),
+        sum(chunk.num_bytes for chunk in chunks)
+        - unwanted_bytes
+        + sum(specs[place].num_bytes for place in given.places),
         cutter.num_extents,
         {place: count for place, count in parts.items() if count > 1},
         tuple(cutter.empty),
-        given,
-        ranges,
+        given.places,
+        tuple(ByteRange(cut.shard, cut.begin, cut.end) for cut in given.cuts),
+        num_mapped,
+        verified,
+        unwanted_bytes,
     )
-
-
-def _given(
-    specs: list[TensorSpec], places: list[Place], layout: Layout, chunk_bytes: int, order: Literal["model", "file"]
-) -> tuple[tuple[int, ...], tuple[ByteRange, ...]]:
-    """Return the places that lie in mapped files, and their ranges, of about a chunk's size each."""
-    if not layout.num_given:
-        return (), ()
-    given = tuple(filter(layout.is_given, range(len(places))))
-    ranges: list[tuple[int, ByteRange]] = []
-    for place in given:
-        spec, position = specs[place], places[place].position
-        if ranges:
-            earliest, last = ranges[-1]
-            if last.shard == spec.shard and last.end == spec.begin and spec.end - last.begin <= chunk_bytes:
-                ranges[-1] = min(earliest, position), ByteRange(spec.shard, last.begin, spec.end)
-                continue
-        ranges.append((position, ByteRange(spec.shard, spec.begin, spec.end)))
-    if order == "model":
-        ranges.sort(key=lambda found: found[0])
-    return given, tuple(wanted for _, wanted in ranges)
 
 
 @dataclass(slots=True)
 class _Cut:
-    """Bytes `begin` to `end` of a shard: places `first` to `stop`, of which the first has `head` bytes before."""
+    """Bytes `begin` to `end` of a shard: places `first` to `stop`, of which the first has `head` bytes before.
+
+    Where there is no place, nobody wants the bytes.
+    """
 
     shard: int
     begin: int
@@ -155,6 +183,80 @@ class _Cut:
     first: int
     stop: int
     head: int
+    is_mapped: bool = False
+
+
+class _Given(NamedTuple):
+    """Places that lie in mapped files, and cuts of about a chunk's size that hold all their bytes, in file order."""
+
+    places: tuple[int, ...]
+    cuts: list[_Cut]
+
+
+def _given(specs: list[TensorSpec], places: list[Place], layout: Layout, chunk_bytes: int) -> _Given:
+    if not layout.num_given:
+        return _Given((), [])
+    given = tuple(filter(layout.is_given, range(len(places))))
+    cuts: list[_Cut] = []
+    for place in given:
+        spec = specs[place]
+        if cuts:
+            last = cuts[-1]
+            if last.shard == spec.shard and last.end == spec.begin and spec.end - last.begin <= chunk_bytes:
+                last.end, last.stop = spec.end, place + 1
+                continue
+        cuts.append(_Cut(spec.shard, spec.begin, spec.end, place, place + 1, 0, is_mapped=True))
+    return _Given(given, cuts)
+
+
+def _earliest(places: list[Place]) -> Callable[[_Cut], int]:
+    """Return a key that sorts cuts by the position of the earliest tensor in each."""
+    position_of = attrgetter("position")
+    return lambda cut: min(map(position_of, places[cut.first : cut.stop]))
+
+
+def _whole_shards(
+    cuts: list[_Cut], whole: Whole, shards: Sequence[int], chunk_bytes: int, *, is_mapped: bool
+) -> list[_Cut]:
+    """Return all cuts of some shards, in the order of their bytes, with what lies between and around them."""
+    by_shard: dict[int, list[_Cut]] = {shard: [] for shard in shards}
+    for cut in cuts:
+        by_shard[cut.shard].append(cut)
+    result: list[_Cut] = []
+    for shard, wanted in by_shard.items():
+        position, end = whole.bodies[shard]
+        wanted.sort(key=attrgetter("begin"))
+        for cut in (*wanted, _Cut(shard, end, end, 0, 0, 0)):
+            while position < cut.begin:
+                stop = min(cut.begin, position + chunk_bytes)
+                result.append(_Cut(shard, position, stop, 0, 0, 0, is_mapped))
+                position = stop
+            if cut.end > cut.begin:
+                result.append(cut)
+            position = cut.end
+    return result
+
+
+def _side_by_side(cuts: list[_Cut], places: list[Place], lanes: int, order: Literal["model", "file"]) -> Iterator[_Cut]:
+    """Yield cuts so that each shard's come in the order of its bytes, those of up to `lanes` shards in turn.
+
+    With `order: model` the shard with the model's earliest tensor is begun first.
+    """
+    by_shard: dict[int, deque[_Cut]] = {}
+    for cut in cuts:
+        by_shard.setdefault(cut.shard, deque()).append(cut)
+    waiting = list(by_shard.values())
+    if order == "model":
+        earliest = _earliest(places)
+        waiting.sort(key=lambda shard: min((earliest(cut) for cut in shard if cut.stop > cut.first), default=0))
+    waiting.reverse()
+    active: list[deque[_Cut]] = []
+    while waiting or active:
+        while waiting and len(active) < lanes:
+            active.append(waiting.pop())
+        for shard in active:
+            yield shard.popleft()
+        active = [shard for shard in active if shard]
 
 
 class _Cutter:

@@ -49,8 +49,9 @@ class Residency(NamedTuple):
 def look_at_cache(plan: LoadPlan, source: Source, config: PrefetchConfig) -> Residency:
     """Find out which chunks are in the page cache. Not asked where all is read past it anyway."""
     if config.io == "direct":
-        return Residency([False] * len(plan.chunks), 0)
+        return Residency([chunk.is_mapped for chunk in plan.chunks], 0)
     shares = source.resident_shares([chunk.source for chunk in plan.chunks])
+    shares = [1.0 if chunk.is_mapped else share for chunk, share in zip(plan.chunks, shares, strict=True)]
     return Residency([(share or 0.0) >= _RESIDENT_SHARE for share in shares], shares.count(None))
 
 

@@ -38,7 +38,8 @@ class LoadReport:
         num_tensors, num_shards, num_bytes: what was loaded; bytes as stored.
         wall_s: seconds from the call to the last tensor in place.
         throughput_bytes_per_s: num_bytes / wall_s.
-        phases: seconds in which the load waited for preflight, disk, copy, bind and other; they sum to wall_s.
+        phases: seconds in which the load waited for preflight, disk, copy, bind and other, and for verify where that
+            was asked for; they sum to wall_s.
         overlap: time in which a read and a copy were both in progress, as a share of the less busy stage's time; 0.0
             where one of the two had nothing to do.
         host_peak_bytes: the most that ring and host blocks held together while this load ran, by our own account.
@@ -49,7 +50,9 @@ class LoadReport:
         decisions: how it was read and on which measurements that was decided, one sentence each.
         fallbacks: every downgrade and special way, one sentence each.
         missing_keys, unexpected_keys: as torch names them; empty where `device.strict` holds.
-        verified: what the bytes were compared with; "none" if nothing.
+        verified: what the bytes of every shard that was read were compared with: "sha256 (manifest)", "sha256 (hub)"
+            for the names of blobs in the Hugging Face cache; "none" if nothing.
+        hash_s: seconds that threads spent on hashing, added up; how long the load waited for that is in `phases`.
     """
 
     checkpoint: str
@@ -74,6 +77,7 @@ class LoadReport:
     missing_keys: tuple[str, ...]
     unexpected_keys: tuple[str, ...]
     verified: str
+    hash_s: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data; the keys are the attributes' names."""

@@ -18,6 +18,7 @@ from weightstream.prefetch.header import TensorSpec
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.plan import Chunk, LoadPlan, make_plan
 from weightstream.scheduler.strategy import ChosenStrategy, Decision, asked_for, chunk_bytes
+from weightstream.scheduler.verification import whole_shards
 from weightstream.scheduler.wanted import Wanted
 
 __all__ = ["ModelSink", "NowhereSink", "Prepared", "Sink", "prepare_delivery"]
@@ -113,6 +114,7 @@ class ModelSink:
             block_bytes=_BLOCK_BYTES,
             order=config.scheduler.order,
             mapped=_mapped(checkpoint, backend, decision),
+            whole=whole_shards(checkpoint, side_by_side=config.scheduler.order == "model"),
         )
         return Prepared(placement, backend, plan, decision)
 
@@ -219,5 +221,6 @@ def prepare_delivery(engine: Engine, checkpoint: Checkpoint, device: torch.devic
         order="file",
         isolate_large=True,
         mapped=_mapped(checkpoint, backend, decision),
+        whole=whole_shards(checkpoint, side_by_side=device.type == "meta"),
     )
     return Prepared(placement, backend, plan, decision)

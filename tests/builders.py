@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import threading
@@ -124,6 +125,25 @@ def write_in_order(folder: Path, tensors: Mapping[str, torch.Tensor], *, num_sha
     if num_shards > 1:
         write_index(folder, weight_map)
     return folder
+
+
+def write_sums(folder: Path, name: str = "SHA256SUMS") -> Path:
+    """A manifest of all weights in a folder, as they are now."""
+    lines = [
+        f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n"
+        for file in sorted(folder.glob("*.safetensors"))
+    ]
+    (folder / name).write_text("".join(lines))
+    return folder / name
+
+
+def flip(file: Path, position: int) -> None:
+    """Change one bit of one byte of a file; its length and times stay."""
+    before = file.stat()
+    raw = bytearray(file.read_bytes())
+    raw[position] ^= 0x01
+    file.write_bytes(raw)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:

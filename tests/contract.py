@@ -26,4 +26,5 @@ REPORT_KEYS = [
     "missing_keys",
     "unexpected_keys",
     "verified",
+    "hash_s",
 ]

@@ -71,6 +71,7 @@ class Rig:
         host_memory: int | None = None,
         scheduler: dict[str, Any] | None = None,
         strategy: str = "auto",
+        verify: str = "none",
         **device: Any,
     ) -> Loader:
         """Make a loader. `num_slots`: the ring has room for no more; `device`: settings of that section."""
@@ -81,6 +82,7 @@ class Rig:
             "chunk": chunk,
             "host_memory": host_memory or 2**30,
             "io": self.io,
+            "verify": verify,
         }
         sections: dict[str, Any] = {
             "strategy": strategy,
