@@ -14,7 +14,6 @@ from weightstream.device.stage import DeviceStage
 from weightstream.errors import PlacementError
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
-from weightstream.prefetch.header import TensorSpec
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.plan import Chunk, LoadPlan, make_plan
 from weightstream.scheduler.strategy import ChosenStrategy, Decision, asked_for, chunk_bytes
