@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from weightstream.device.placement import Place, Placement
+from weightstream.device.sharded import is_sharded, local_parts, split_like
 from weightstream.device.stage import DeviceStage
 from weightstream.device.targets import Site, Subtree, Target
 from weightstream.errors import PlacementError
@@ -36,6 +37,7 @@ class Binder:
         self._placement = placement
         self._stage = stage
         self._staged: dict[str, torch.Tensor] = {}
+        self._sharded = {place.name for place in placement.sharded}
         self._adopted: list[torch.Tensor] = []
         self._on_meta: list[torch.Tensor] = []
         self._written: list[str] = []
@@ -66,6 +68,10 @@ class Binder:
             ready.append(target.name)
             if target.ties:
                 ready.extend(tie.name for tie in target.ties)
+        if self._sharded:
+            whole = [described[index] for index in places if described[index].name in self._sharded]
+            if whole:
+                self._stage.run(lambda: self._write(whole, ready))
         return ready
 
     def finish(self) -> list[str]:
@@ -75,7 +81,8 @@ class Binder:
             PlacementError: two names of one tied tensor have different bytes, or a module's own hooks failed.
         """
         ready: list[str] = []
-        if self._placement.doubles or self._placement.strided or self._placement.subtrees:
+        placement = self._placement
+        if placement.doubles or placement.strided or placement.shared or placement.subtrees:
             self._stage.run(lambda: self._finish_staged(ready))
         return ready
 
@@ -102,11 +109,16 @@ class Binder:
 
     @torch.no_grad()
     def _finish_staged(self, ready: list[str]) -> None:
-        for place in self._placement.strided:
-            assert place.target is not None
-            place.target.tensor.copy_(self._staged.pop(place.name))
-            self._written.append(place.name)
-            ready.extend(site.name for site in _sites(place))
+        shared = {place.name: self._staged[place.name] for place in self._placement.shared}
+        self._write([*self._placement.strided, *self._placement.shared], ready)
+        for place in self._placement.shared:
+            if not _are_same(_target(place), shared[place.name]):
+                raise PlacementError(
+                    "the model has this tensor in the memory of another one, for which the checkpoint has other values",
+                    tensor=place.name,
+                    expected="the same bytes for what both hold",
+                    hint="Remove one of the two from the checkpoint, or give it memory of its own in the model",
+                )
         for first, second in self._placement.doubles:
             self._compare(first, self._staged.pop(second.name), second)
         for subtree in filter(self._placement.wants, self._placement.subtrees):
@@ -114,12 +126,23 @@ class Binder:
             ready.extend(place.name for place in subtree.places)
             ready.extend(name for target in subtree.targets for name in target.names)
 
+    @torch.no_grad()
+    def _write(self, places: list[Place], ready: list[str]) -> None:
+        """Copy staged tensors to the storage that their targets have."""
+        for place in places:
+            tensor, loaded = _target(place), self._staged.pop(place.name)
+            self._written.append(place.name)
+            if is_sharded(tensor):
+                tensor, loaded = local_parts(tensor, loaded)
+            tensor.copy_(loaded)
+            ready.extend(site.name for site in _sites(place))
+
     def _compare(self, first: Place, second: torch.Tensor, place: Place) -> None:
         assert first.target is not None
         loaded = _registered(first.target.sites[0])
-        if loaded.dtype != second.dtype:
-            second = second.to(loaded.dtype)
-        if not torch.equal(loaded.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8)):
+        if is_sharded(loaded):
+            loaded, second = local_parts(loaded, second)
+        if not _are_same(loaded, second.to(loaded.dtype)):
             raise PlacementError(
                 f"the model ties this tensor to {first.name}, but the checkpoint has other values for it",
                 tensor=place.name,
@@ -130,7 +153,8 @@ class Binder:
     def _load_subtree(self, subtree: Subtree) -> None:
         """Let a module load its part of the checkpoint itself, as `load_state_dict` of the whole model would."""
         name = f"{subtree.name or 'the model'} ({type(subtree.module).__qualname__})"
-        state = {place.name: self._staged.pop(place.name) for place in subtree.places}
+        state = {place.name: _split(place, self._staged.pop(place.name)) for place in subtree.places}
+        whole = {(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in state.values() if not is_sharded(tensor)}
         assign = any(target.tensor.is_meta for target in subtree.targets)
         self._written.extend(target.name for target in subtree.targets if not target.tensor.is_meta)
         keys = _Keys([], [])
@@ -146,6 +170,8 @@ class Binder:
         for target in subtree.targets:
             tensor = _restore(target)
             if tensor is not None and target.tensor.is_meta:
+                if (tensor.data_ptr(), tensor.dtype, tensor.shape) not in whole:
+                    tensor = tensor.clone(memory_format=torch.contiguous_format)  # a hook's slice holds all of a block
                 self._adopt(target.tensor, tensor)
             elif tensor is not None:  # it had storage, which `assign` does not ask for
                 target.tensor.copy_(tensor)
@@ -201,6 +227,25 @@ def _restore(target: Target) -> torch.Tensor | None:
     for one in target.sites:  # as the module itself would: nn.LSTM, for one, keeps a list of its own
         setattr(one.module, one.key, target.tensor)
     return found.data
+
+
+def _split(place: Place, whole: torch.Tensor) -> torch.Tensor:
+    """Return what a module that loads itself gets: of a tensor that is split over several devices, its own part."""
+    target = place.target
+    if target is not None and is_sharded(target.tensor) and target.tensor.shape == whole.shape:
+        return split_like(target.tensor, whole)
+    return whole
+
+
+def _are_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compare bytes: what is not a number equals itself, and zeros may differ in their sign."""
+    first, second = (tensor.resolve_conj().resolve_neg().contiguous() for tensor in (one, other))
+    return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
+
+
+def _target(place: Place) -> torch.Tensor:
+    assert place.target is not None
+    return place.target.tensor
 
 
 def _sites(place: Place) -> tuple[Site, ...]:

@@ -19,6 +19,8 @@ from torch.nn.parameter import is_lazy
 from weightstream.device.config import DeviceConfig
 from weightstream.device.dtypes import CASTABLE, destination_dtype, torch_dtype, torch_shape, unsupported
 from weightstream.device.names import NameRules
+from weightstream.device.sharded import check_sharded, is_sharded
+from weightstream.device.sharing import find_sharing
 from weightstream.device.targets import Subtree, Target, Targets, find_targets
 from weightstream.errors import MissingKeysError, PlacementError, ShapeMismatchError, UnexpectedKeysError
 
@@ -28,6 +30,11 @@ __all__ = ["Mode", "Place", "Placement", "Stored", "deliver", "match"]
 #: written to. stage: the loader makes a tensor that somebody else places at the end (module hooks, strided copies,
 #: comparison of ties) or that is delivered as it is.
 Mode = Literal["adopt", "fill", "stage"]
+
+_PLAIN = (nn.Parameter, torch.Tensor)
+
+#: Methods of `torch.Tensor` that classes override if their storage is of a kind of its own.
+_OWN_STORAGE = ("__torch_dispatch__", "to", "cuda", "cpu")
 
 
 class Stored(Protocol):
@@ -73,6 +80,9 @@ class Placement:
         subtrees: modules that load themselves, in order of registration.
         doubles: pairs of places that hold the same tied tensor and must be equal; the second is staged.
         strided: staged places that are copied into a target without contiguous storage.
+        shared: staged places whose targets are views of one memory, in order of registration: they are copied in this
+            order, as `load_state_dict` does it, and must then all be what was loaded.
+        sharded: staged places of which each process keeps its own part, as soon as they are there.
         names: in the model, of all tensors that the places fill.
         prefixes: of every module of the model, what the names of its tensors begin with.
         loaded_themselves: filled in by `binding`: which subtrees loaded themselves.
@@ -87,6 +97,8 @@ class Placement:
         self.subtrees: list[Subtree] = []
         self.doubles: list[tuple[Place, Place]] = []
         self.strided: list[Place] = []
+        self.shared: list[Place] = []
+        self.sharded: list[Place] = []
         self.names: list[str] = []
         self.prefixes: list[str] = []
         self.loaded_themselves: list[str] = []
@@ -102,7 +114,8 @@ class Placement:
     def staged_bytes(self) -> int:
         """Bytes that are loaded beside tensors that have storage already, and dropped when the load ends."""
         own = [place for tree in self.subtrees for place in tree.places if not _adopts(place)]
-        return sum(place.num_bytes for place in (*own, *self.strided, *(second for _, second in self.doubles)))
+        beside = (*own, *self.strided, *self.shared, *self.sharded, *(second for _, second in self.doubles))
+        return sum(place.num_bytes for place in beside)
 
     def note_keys(self, missing: Iterable[str], unexpected: Iterable[str], *, says: str | None = None) -> None:
         """Note names on one side alone, except for those that nobody asked for or that are to be ignored.
@@ -208,11 +221,13 @@ def match(model: nn.Module, stored: Mapping[str, Stored], config: DeviceConfig, 
     placement = Placement(default, stored, config)
     found = find_targets(model)
     _check_own_buffers(found, NameRules(config))
+    _check_subtrees(found)
     placement.subtrees, placement.prefixes = found.subtrees, found.prefixes
     placement.device = device = _common_device(found, config, default)
     places, names, find = placement.places, placement.names, found.by_name.get
     add_place, add_name = places.append, names.append
     unexpected: list[str] = []
+    in_place: list[int] = []
     for name, spec in stored.items():
         target = find(name)
         if target is None or target.subtree is not None:
@@ -223,20 +238,48 @@ def match(model: nn.Module, stored: Mapping[str, Stored], config: DeviceConfig, 
         else:
             place = _place(name, spec, target, config, device)
             add_place(place)
-            if target.filled_by >= 0:
-                placement.doubles.append((places[target.filled_by], place))
-            elif place.mode == "stage":
-                placement.strided.append(place)
+            if place.mode != "adopt":
+                _note_in_place(placement, place, target, in_place)
         if target is not None and target.filled_by < 0:
             target.filled_by = len(places) - 1
             add_name(target.name)
             if target.ties:
                 names.extend(tie.name for tie in target.ties)
+    if in_place:
+        _find_shared(placement, in_place)
     missing: list[str] = []
     if len(names) < len(found.by_name) or placement.subtrees:
         missing = [name for name, target in found.by_name.items() if target.filled_by < 0 and target.subtree is None]
     placement.note_keys(missing, unexpected)
     return placement
+
+
+def _note_in_place(placement: Placement, place: Place, target: Target, in_place: list[int]) -> None:
+    """Note what has to be done at the end for the last of the places, whose target has storage or is filled already."""
+    if target.filled_by >= 0:
+        placement.doubles.append((placement.places[target.filled_by], place))
+    elif place.mode == "stage" and is_sharded(target.tensor):
+        placement.sharded.append(place)
+    else:
+        in_place.append(len(placement.places) - 1)
+        if place.mode == "stage":
+            placement.strided.append(place)
+
+
+def _find_shared(placement: Placement, in_place: list[int]) -> None:
+    """Stage what would be written to memory that is also another tensor's, by readers that know no order."""
+    places = placement.places
+    shared = [in_place[rank] for rank in find_sharing([_tensor(places[index]) for index in in_place])]
+    for index in shared:
+        places[index] = msgspec.structs.replace(places[index], mode="stage")
+    placement.shared = sorted((places[index] for index in shared), key=lambda place: place.position)
+    names = {place.name for place in placement.shared}
+    placement.strided = [place for place in placement.strided if place.name not in names]
+
+
+def _tensor(place: Place) -> torch.Tensor:
+    assert place.target is not None
+    return place.target.tensor
 
 
 def _place_specially(
@@ -261,6 +304,14 @@ def _check_own_buffers(found: Targets, rules: NameRules) -> None:
                 tensor=name,
                 hint="Compute it on a real device before loading: only what the checkpoint holds may be on meta",
             )
+
+
+def _check_subtrees(found: Targets) -> None:
+    """Refuse tensors that modules which load themselves would replace by tensors of another kind."""
+    for subtree in found.subtrees:
+        for target in subtree.targets:
+            if type(target.tensor) not in _PLAIN and target.on_meta:
+                _check_kind(target.tensor, target.name)
 
 
 def _common_device(found: Targets, config: DeviceConfig, default: torch.device) -> torch.device:
@@ -295,7 +346,7 @@ def _place(name: str, spec: Stored, target: Target, config: DeviceConfig, device
         raise unsupported(spec.dtype, name)
     if spec.dtype == "F4":
         shape = torch_shape(spec.dtype, shape)
-    if kind is not nn.Parameter and kind is not torch.Tensor:
+    if kind not in _PLAIN:
         _check_kind(tensor, name)
     if tensor.shape != shape:
         _check_shape(tensor, shape, name)
@@ -324,6 +375,8 @@ def _mode_in_place(tensor: torch.Tensor, device: torch.device, name: str) -> Mod
             hint="Make it dense and contiguous before loading",
         )
     plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    if type(tensor) not in _PLAIN and is_sharded(tensor):
+        return "stage"
     return "fill" if plain and tensor.device == device else "stage"
 
 
@@ -336,6 +389,8 @@ def _subtree_place(name: str, spec: Stored, target: Target | None, subtree: Subt
     shape = torch_shape(spec.dtype, spec.shape)
     wanted = dtype
     if target is not None:
+        if is_sharded(target.tensor):
+            check_sharded(target.tensor, name)
         if is_lazy(target.tensor):  # its hook would give it a shape, which nothing could take away again
             _check_kind(target.tensor, name)
         if subtree.keeps_shapes:
@@ -348,22 +403,25 @@ def _subtree_place(name: str, spec: Stored, target: Target | None, subtree: Subt
 
 
 def _check_kind(tensor: torch.Tensor, name: str) -> None:
-    """Refuse tensors whose storage is not plain memory; subclasses that only add attributes or methods are fine."""
+    """Refuse tensors whose storage is not plain memory; subclasses that only add attributes or methods are fine.
+
+    A class that says itself how it is dispatched (torchao) or moved to a device (bitsandbytes quantises then) stores
+    something else than what it looks like, or will.
+    """
     kind = type(tensor)
+    if is_sharded(tensor):
+        check_sharded(tensor, name)
+        return
     if is_lazy(tensor):
         raise PlacementError(
             "the parameter has no shape yet (a lazy module)", tensor=name, hint="Run the module once before loading"
         )
-    if _dispatch_of(kind) is not _dispatch_of(torch.Tensor):
+    if any(getattr(kind, method) is not getattr(torch.Tensor, method) for method in _OWN_STORAGE):
         raise PlacementError(
             f"the parameter is a tensor subclass with a storage of its own kind ({kind.__module__}.{kind.__qualname__})",
             tensor=name,
             hint="Load the plain tensor first and wrap or quantise it afterwards",
         )
-
-
-def _dispatch_of(kind: type[torch.Tensor]) -> object:
-    return getattr(kind, "__torch_dispatch__", None)
 
 
 def _check_shape(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> None:

@@ -283,8 +283,8 @@ class Engine:
         left_bytes = self.budget.left_bytes
         if not self.budget.take(num_bytes):
             raise MemoryBudgetError(
-                "tensors that are copied from host memory to where they belong only at the end (of modules that load"
-                " themselves, tied twice, or strided) do not fit into what is left of prefetch.host_memory",
+                "tensors that are loaded beside where they belong (of modules that load themselves, tied twice, strided,"
+                " in the memory of others, or split over several devices) do not fit into what is left of prefetch.host_memory",
                 expected=f"{num_bytes} bytes",
                 actual=f"{left_bytes} bytes",
                 hint=f"Set prefetch.host_memory to {self.budget.limit_bytes - left_bytes + num_bytes} bytes or more, or"
