@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 
-from weightstream.prefetch.checkpoint import Shard
+from weightstream.prefetch.opening import Shard
 from weightstream.prefetch.memory import PAGE_BYTES
 from weightstream.prefetch.source import ByteRange
 
