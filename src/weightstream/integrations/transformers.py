@@ -1,8 +1,12 @@
-"""Models of the transformers library, built on meta so that weightstream can fill them."""
+"""Models of the transformers library: `from_pretrained` that reads through weightstream, and models built on meta."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import logging
 import os
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -10,17 +14,232 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from weightstream.config import LoaderConfig
+from weightstream.device.config import DeviceConfig
 from weightstream.errors import CheckpointError, UnsupportedFormatError
+from weightstream.integrations.conversion import Weights
 from weightstream.prefetch.checkpoint import open_checkpoint
 from weightstream.prefetch.finding import find_checkpoint
+from weightstream.scheduler.handle import in_own_thread, insist, settle
 
-__all__ = ["build_on_meta"]
+__all__ = ["build_on_meta", "from_pretrained", "from_pretrained_async"]
+
+logger = logging.getLogger(__name__)
 
 #: Its own annotations leave too much open to be checked against.
 transformers: Any = import_module("transformers")
 
 #: torch's names of the format's floating-point types; a model is declared in one of these.
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+#: Implementations that are part of torch and transformers: a configuration may choose among these.
+_BUILT_IN = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
+
+#: What tells transformers which files of which repository are meant.
+_WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    *,
+    auto_class: type | None = None,
+    config: LoaderConfig | None = None,
+    model_config: object = None,
+    **kwargs: object,
+) -> nn.Module:
+    """Do what transformers' `from_pretrained` does, with the weights read through weightstream.
+
+    Everything but reading is transformers' own: the choice of the class, conversions of the checkpoint's names and
+    tensors (experts that the model fuses, for one), dtype, ties, computed buffers, what happens to missing tensors,
+    the generation configuration. Logits are the same, bit by bit. What cannot be read this way (quantised models,
+    several devices, `.bin` files) transformers reads itself, after a warning that says why.
+
+    Stays offline unless `local_files_only=False` is given: a name on the hub is looked up in the local cache. Runs no
+    code that comes with the checkpoint unless `trust_remote_code=True` is given, and uses no kernels that only the
+    checkpoint names.
+
+    Args:
+        path: a folder, or a name on the Hugging Face hub (`org/name`).
+        auto_class: a class of transformers (`AutoModelForCausalLM`, `LlamaModel`); None: the one that config.json names
+            in `architectures`, else `AutoModel`.
+        config: how to read, and where the model goes (`device.target`; a `device_map` goes before it).
+        model_config: what transformers calls `config`: a configuration instead of the checkpoint's own.
+        kwargs: of transformers' `from_pretrained`.
+
+    Returns:
+        The model in evaluation mode; with `output_loading_info=True` a tuple, as transformers returns it.
+
+    Raises:
+        CheckpointError: `path` is neither a folder nor in the local cache.
+        WeightstreamError: the load failed; see `weightstream.errors`.
+        TypeError: `config` is not a LoaderConfig.
+        ValueError: it sets what transformers has arguments for: `device.dtype`, `device.rename`, `prefetch.variant`, ...
+        Exception: whatever transformers raises.
+    """
+    weights = _weights(config, kwargs)
+    return _load(path, auto_class, weights, model_config, kwargs)
+
+
+async def from_pretrained_async(
+    path: str | os.PathLike[str],
+    *,
+    auto_class: type | None = None,
+    config: LoaderConfig | None = None,
+    model_config: object = None,
+    **kwargs: object,
+) -> nn.Module:
+    """Await `from_pretrained`, which runs on a thread of its own.
+
+    Cancellation: the load is cancelled, and everything is cleaned up, before this returns; transformers' own part, which
+    cannot be interrupted, is waited for.
+    """
+    weights = _weights(config, kwargs)
+    result, thread = in_own_thread(functools.partial(_load, path, auto_class, weights, model_config, kwargs))
+    try:
+        return await settle(result)
+    except BaseException:
+        weights.stop()
+        await insist(result)
+        result.exception()
+        raise
+    finally:
+        thread.join()  # which ends with its result
+
+
+def _weights(config: object, kwargs: dict[str, object]) -> Weights:
+    if config is not None and not isinstance(config, LoaderConfig):
+        raise TypeError(
+            f"config: expected a weightstream.LoaderConfig, found {type(config).__qualname__}; "
+            "a configuration of transformers is passed as `model_config`"
+        )
+    used = LoaderConfig() if config is None else config
+    decided = [
+        f"device.{name}"
+        for name, field in DeviceConfig.model_fields.items()
+        if name != "target" and getattr(used.device, name) != field.get_default()
+    ]
+    decided += ["prefetch.variant"] if used.prefetch.variant is not None else []
+    if decided:
+        raise ValueError(f"{', '.join(decided)}: transformers decides that; it has arguments of its own for it")
+    return Weights(used, variant=cast("str | None", kwargs.get("variant")))
+
+
+def _load(
+    path: str | os.PathLike[str],
+    auto_class: type | None,
+    weights: Weights,
+    model_config: object,
+    kwargs: dict[str, object],
+) -> nn.Module:
+    kwargs = {"local_files_only": True, "trust_remote_code": False, **kwargs}
+    if model_config is not None:
+        kwargs["config"] = model_config
+    if auto_class is None:
+        where = {name: kwargs[name] for name in (*_WHERE, "trust_remote_code") if name in kwargs}
+        auto_class = _architecture(model_config or _from(transformers.AutoConfig, path, where))
+    chosen = model_config is not None or not kwargs.keys().isdisjoint(("attn_implementation", "experts_implementation"))
+    reading = functools.partial(_reading, weights=weights, chosen=chosen)
+    if issubclass(auto_class, transformers.PreTrainedModel):
+        kind = reading(auto_class)
+    else:
+        mapping = _Mapped(cast("Any", auto_class)._model_mapping, reading)  # noqa: SLF001 - it has no other way in
+        kind = type(auto_class.__name__, (auto_class,), {"_model_mapping": mapping})
+    loaded = _from(kind, path, kwargs)
+    model: Any = cast("tuple[Any, object]", loaded)[0] if isinstance(loaded, tuple) else loaded
+    made: Any = model.__class__
+    if _READS in vars(made):
+        model.__class__ = made.__base__
+    else:
+        logger.warning("%s: transformers reads the weights itself: the class is the checkpoint's own", path)
+    return cast("nn.Module", loaded)
+
+
+def _from(kind: Any, path: str | os.PathLike[str], kwargs: dict[str, object]) -> Any:  # noqa: ANN401
+    """Call transformers' `from_pretrained`; say what is the matter where it blames the network that it may not ask."""
+    try:
+        return kind.from_pretrained(path, **kwargs)
+    except OSError as error:
+        if not kwargs["local_files_only"] or Path(path).exists():
+            raise
+        raise CheckpointError(
+            "neither a folder nor a name in the local Hugging Face cache",
+            file=path,
+            hint="local_files_only=False downloads it",
+        ) from error
+
+
+class _Mapped:
+    """The classes that an automatic class chooses from, each as one that reads through weightstream."""
+
+    def __init__(self, mapping: Any, reading: Callable[[type], type]) -> None:  # noqa: ANN401
+        self._mapping = mapping
+        self._reading = reading
+
+    def __getitem__(self, key: object) -> type | tuple[type, ...]:
+        found: type | tuple[type, ...] = self._mapping[key]
+        return self._reading(found) if isinstance(found, type) else tuple(map(self._reading, found))
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._mapping
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(self._mapping)
+
+
+#: Marks the classes that `_reading` makes.
+_READS = "_reads_through_weightstream"
+
+
+def _reading(kind: type, *, weights: Weights, chosen: bool) -> type:
+    """Return a subclass of one model class, of the same name, whose `from_pretrained` fills the model through `weights`.
+
+    A subclass, because transformers has no hook for this and to patch its class would change it for everybody. The
+    model is given its true class in the end.
+
+    Args:
+        kind: the model's true class.
+        weights: what to fill it through.
+        chosen: whether the caller has chosen the configuration, and so the kernels.
+    """
+    base = cast("Any", kind)
+    elsewhere = False
+
+    def placed(settings: Any) -> Any:  # noqa: ANN401 - transformers' LoadStateDictConfig
+        return dataclasses.replace(settings, device_map={"": weights.device(settings)})
+
+    def start(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        weights.check()
+        if not chosen:
+            _refuse_kernels(config)
+        base.__init__(self, config, *args, **kwargs)
+
+    def read(model: Any, state_dict: Any, files: Any, settings: Any, *args: Any) -> Any:  # noqa: ANN401
+        nonlocal elsewhere
+        reason = weights.why_not(files, state_dict, settings)
+        if reason is None:
+            return weights.fill(model, files, placed(settings)), None
+        logger.warning("%s: transformers reads the weights itself: %s", settings.pretrained_model_name_or_path, reason)
+        elsewhere = True
+        return base._load_pretrained_model(model, state_dict, files, settings, *args)  # noqa: SLF001
+
+    def finish(model: Any, settings: Any, info: Any) -> Any:  # noqa: ANN401
+        return base._finalize_model_loading(model, settings if elsewhere else placed(settings), info)  # noqa: SLF001
+
+    methods = {
+        "__init__": start,
+        "_load_pretrained_model": staticmethod(read),
+        "_finalize_model_loading": staticmethod(finish),
+    }
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), {**methods, **names, _READS: True})
+
+
+def _refuse_kernels(config: Any) -> None:  # noqa: ANN401
+    """Leave kernels to transformers where a configuration names others than torch's: it could fetch them and run them."""
+    parts = [config, *filter(None, (getattr(config, key, None) for key in config.sub_configs))]
+    names = [name for part in parts for name in (part._attn_implementation, part._experts_implementation)]  # noqa: SLF001
+    if any(name is not None and name not in _BUILT_IN for name in names):
+        _choose_no_kernels(config)
 
 
 def build_on_meta(
