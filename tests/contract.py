@@ -27,6 +27,4 @@ REPORT_KEYS = [
     "unexpected_keys",
     "verified",
     "hash_s",
-    "rank",
-    "world_size",
 ]
