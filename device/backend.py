@@ -99,7 +99,7 @@ class HostBackend:
     pinnable = False
     numa_node: int | None = None
 
-    def __init__(self, allocate: Callable[[int], mmap.mmap]) -> None:
+    def __init__(self, allocate: Callable[[int], mmap.mmap | memoryview]) -> None:
         self._allocate = allocate
 
     def pin(self, memory: mmap.mmap) -> Callable[[], None] | None:

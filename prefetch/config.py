@@ -65,6 +65,12 @@ class PrefetchConfig(BaseModel):
         "`buffered` (through the page cache) or `direct` (O_DIRECT, past it) is faster here. `direct`: where a file "
         "system refuses that, buffered reads are used instead and the report says so.",
     )
+    page_cache: Literal["keep", "drop"] = Field(
+        default="keep",
+        description="What becomes of the pages that buffered reads leave in the page cache. `keep`: they stay, and the "
+        "next load is faster. `drop`: those that were not there before the load go as soon as they have been read, for "
+        "hosts where the cache counts against a container's memory. Not for `strategy: map`, whose tensors are there.",
+    )
     retries: int = Field(
         default=3,
         ge=0,

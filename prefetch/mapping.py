@@ -7,7 +7,6 @@ is truncated while it is mapped kills the process that touches what is gone (SIG
 from __future__ import annotations
 
 import ctypes
-import logging
 import mmap
 import os
 import threading
@@ -17,10 +16,11 @@ from collections.abc import Callable, Sequence
 from weightstream.prefetch.memory import MAP_FAILED, PAGE_BYTES, mapping_libc
 from weightstream.prefetch.opening import Shard
 from weightstream.prefetch.source import ByteRange
+from weightstream.ranks import ranked_logger
 
 __all__ = ["Prefault", "map_shard", "populate"]
 
-logger = logging.getLogger(__name__)
+logger = ranked_logger(__name__)
 
 #: Makes the kernel read and map pages now (Linux 5.14); before that, it can only be asked to read ahead.
 _MADV_POPULATE_READ = 22

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import random
 import threading
@@ -16,10 +15,11 @@ from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.memory import PAGE_BYTES
 from weightstream.prefetch.residency import resident_shares
+from weightstream.ranks import ranked_logger
 
 __all__ = ["ByteRange", "FileSource", "Source"]
 
-logger = logging.getLogger(__name__)
+logger = ranked_logger(__name__)
 
 #: The kernel takes at most this many buffers in one call (IOV_MAX).
 _MAX_BUFFERS = 1024

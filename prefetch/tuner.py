@@ -30,18 +30,20 @@ _WINDOW_S = 0.05
 _WINDOW_READS = 2
 #: No trial is begun that could not be paid back: when everything is read in less than this, it stays as it is.
 _WORTHWHILE_S = 0.6
-#: What a change must bring. Direct reads cost one more copy on the host, more workers cost cores; larger reads save both.
-_GAIN_DIRECT = 1.15
+#: What a change must bring. More workers cost cores, larger reads save some.
+_GAIN_IO = 1.10
 _GAIN_MORE_WORKERS = 1.10
 _GAIN_LEAP = 1.7  # from that on, what is missing is far more of them
 _GAIN_FEWER_WORKERS = 1.05
+_EACH_COUNTS = 0.6  # half of them bring less than that: far more are tried at once
 _GAIN_SMALLER_READS = 1.10
 _GAIN_LARGER_READS = 0.97
 _GAIN_LARGER = 1.05  # from that on, smaller ones are not tried any more
 #: Bytes per second of each worker: below, the number of workers is tried first.
 _FAST = 100e6
-#: After trying: when the rate of a long window falls below this share of the best one seen, trying begins again.
+#: After trying: when the rates of two long windows fall below this share of the best one seen, trying begins again.
 _DROP = 0.6
+_LOW_WINDOWS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class Tuner:
         self._measured_bytes = 0
         self._num_measured = 0
         self._best_rate = 0.0
+        self._num_low = 0
         self._trial: _Trial | None = None
         self._tries = can_direct or max_workers is not None or max_read_bytes is not None
         if self._tries and not is_known:
@@ -156,8 +159,9 @@ class Tuner:
         before = self.setting
         self._best_rate = max(self._best_rate, rate)
         if self._trial is None:
-            if rate < _DROP * self._best_rate and self._is_worthwhile(rate) and self._tries:
-                self._best_rate = 0.0
+            self._num_low = self._num_low + 1 if rate < _DROP * self._best_rate else 0
+            if self._num_low >= _LOW_WINDOWS and self._is_worthwhile(rate) and self._tries:
+                self._best_rate, self._num_low = 0.0, 0
                 self.decisions.append(f"trying again: the rate fell to {_rate(rate)}")
                 self._trial = self._try_all(self.setting)
                 next(self._trial)
@@ -181,16 +185,14 @@ class Tuner:
 
     def _try_all(self, setting: Setting) -> _Trial:
         rate = yield setting
-        if rate < _FAST * setting.workers:  # with too few of them, all else takes long to try
+        is_slow = rate < _FAST * setting.workers
+        if is_slow:  # with a wrong number of them, all else takes long to try
             setting, rate = yield from self._try_workers(setting, rate)
         compared = setting
         setting, rate = yield from self._try_io(setting, rate)
-        if setting != compared or rate >= _FAST * setting.workers:
+        if setting != compared or not is_slow:
             setting, rate = yield from self._try_workers(setting, rate)
-        before = setting.read_bytes
-        setting, rate = yield from self._try_sizes(setting, rate)
-        if setting.read_bytes != before:
-            setting, rate = yield from self._try_io(setting, rate)
+        setting, _ = yield from self._try_sizes(setting, rate)
         return setting
 
     def _try_io(self, setting: Setting, rate: float) -> Generator[Setting, float, tuple[Setting, float]]:
@@ -199,18 +201,29 @@ class Tuner:
         other = dataclasses.replace(setting, direct=not setting.direct)
         other_rate = yield other
         direct, buffered = (other_rate, rate) if other.direct else (rate, other_rate)
-        is_better = direct >= _GAIN_DIRECT * buffered
+        is_better = other_rate >= _GAIN_IO * rate
         self.decisions.append(
             f"io: buffered {_rate(buffered)}, direct {_rate(direct)}, with {setting.workers} workers and reads of"
-            f" {_mib(setting.read_bytes)}: {'direct' if is_better else 'buffered'}"
+            f" {_mib(setting.read_bytes)}: {'direct' if is_better == other.direct else 'buffered'}"
         )
-        return (other, other_rate) if is_better == other.direct else (setting, rate)
+        return (other, other_rate) if is_better else (setting, rate)
 
     def _try_workers(self, setting: Setting, rate: float) -> Generator[Setting, float, tuple[Setting, float]]:
+        """Try fewer workers, which is cheap; more of them only if that showed that each one counts."""
         if self._max_workers is None:
             return setting, rate
         seen = [f"{setting.workers} workers {_rate(rate)}"]
-        first, factor = setting.workers, 2
+        first, factor = setting, 2
+        while setting.workers > 1 and self._is_worthwhile(rate):
+            other = dataclasses.replace(setting, workers=setting.workers // 2)
+            other_rate = yield other
+            seen.append(f"{other.workers} {_rate(other_rate)}")
+            if other_rate < _GAIN_FEWER_WORKERS * rate:
+                factor = 4 if other_rate < _EACH_COUNTS * rate else 2 if other_rate * _GAIN_MORE_WORKERS < rate else 1
+                break
+            setting, rate = other, other_rate
+        if setting != first:
+            factor = 1
         while factor > 1 and self._is_worthwhile(rate):
             workers = min(self._max_workers, setting.workers * factor)
             if workers == setting.workers:
@@ -223,13 +236,6 @@ class Tuner:
             else:
                 factor = 4 if other_rate > _GAIN_LEAP * rate else 2
                 setting, rate = other, other_rate
-        while setting.workers in range(2, first + 1) and self._is_worthwhile(rate):  # more of them did not pay
-            other = dataclasses.replace(setting, workers=setting.workers // 2)
-            other_rate = yield other
-            seen.append(f"{other.workers} {_rate(other_rate)}")
-            if other_rate < _GAIN_FEWER_WORKERS * rate:
-                break
-            setting, rate = other, other_rate
         if len(seen) > 1:
             self.decisions.append(f"workers: {', '.join(seen)}: {setting.workers}")
         return setting, rate

@@ -18,10 +18,11 @@ import torch
 from weightstream.device.accelerator import AcceleratorBackend, find_device, free_bytes
 from weightstream.device.backend import Backend, HostBackend, NowhereBackend
 from weightstream.errors import MemoryBudgetError
+from weightstream.prefetch.arena import Arena
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.mapping import Prefault
-from weightstream.prefetch.memory import Budget, MemoryAccount, allocate, available_bytes, usable_cores
+from weightstream.prefetch.memory import Budget, MemoryAccount, available_bytes, usable_cores
 from weightstream.prefetch.readers import ReaderPool
 from weightstream.prefetch.ring import Ring, Segment, slot_bytes_for
 from weightstream.prefetch.source import FileSource, Source
@@ -51,7 +52,7 @@ class OpenSource(Protocol):
 def open_backend(device: torch.device) -> Backend:
     """Make the backend of a device."""
     if device.type == "cpu":
-        return HostBackend(allocate)
+        return HostBackend(Arena().allocate)
     if device.type == "meta":
         return NowhereBackend()
     return AcceleratorBackend(device)

@@ -88,7 +88,7 @@ class Flow:
         self.bytes_read = 0
         self.bytes_placed = 0
         self._plan = plan
-        self._source, self._tuner, self._resident, self._widen = reading
+        self._source, self._tuner, self._resident, self._widen, self._eviction = reading
         self._stage = stage
         self._ring = ring
         self._clock = clock
@@ -227,6 +227,8 @@ class Flow:
             copy_out(view[offset + part.begin % PAGE_BYTES :], buffers)
         else:
             self._source.read(part, buffers)
+            if fill.tuned and self._eviction is not None:
+                self._eviction.forget(part)
 
     def _complete(self, fill: _Fill) -> None:
         """Pass a chunk whose last part has been read to those who hash it, in whatever memory it is, or on."""

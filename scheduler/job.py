@@ -11,7 +11,6 @@ futures resolve.
 
 from __future__ import annotations
 
-import logging
 import os
 import traceback
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from weightstream.device.stage import DeviceStage
 from weightstream.errors import LoadCancelledError, MemoryBudgetError, WeightstreamError
 from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
 from weightstream.prefetch.memory import Peak
+from weightstream.ranks import find_ranks, ranked_logger
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.flow import Filled, Flow
 from weightstream.scheduler.interpreter import no_garbage_collection, quick_thread_switches
@@ -37,7 +37,7 @@ from weightstream.scheduler.sinks import Prepared, Sink
 
 __all__ = ["Job"]
 
-logger = logging.getLogger(__name__)
+logger = ranked_logger(__name__)
 
 #: So many tensors of mapped files are bound at a time: some 10 ms of work.
 _AT_ONCE = 4096
@@ -281,6 +281,7 @@ class Job:
     def _report(self, checkpoint: Checkpoint, prepared: Prepared, pipeline: Pipeline, peak: Peak) -> LoadReport:
         placement, backend, plan, decision = prepared
         wall_s = self._ledger.wall_s
+        ranks = find_ranks()
         own, computed = placement.loaded_themselves, placement.computed
         if own:
             self._fallbacks.append(f"{len(own)} modules were loaded through hooks of their own: {_some(own)}")
@@ -312,6 +313,8 @@ class Job:
             unexpected_keys=tuple(placement.unexpected_keys),
             verified="none" if pipeline.verification is None else pipeline.verification.describe(),
             hash_s=0.0 if pipeline.verification is None else pipeline.verification.hash_s,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
         )
 
 

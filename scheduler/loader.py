@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -16,6 +15,7 @@ from anyio.abc import TaskGroup
 from torch import nn
 
 from weightstream.device.accelerator import caller_streams
+from weightstream.ranks import ranked_logger
 from weightstream.scheduler.config import Settings
 from weightstream.scheduler.consumer import ConsumerSink
 from weightstream.scheduler.engine import Engine, Machine
@@ -34,7 +34,7 @@ from weightstream.scheduler.sinks import ModelSink, NowhereSink, Sink
 
 __all__ = ["Loader", "make_job"]
 
-logger = logging.getLogger(__name__)
+logger = ranked_logger(__name__)
 
 Path = str | os.PathLike[str]
 

@@ -19,7 +19,7 @@ from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.flow import Flow
 from weightstream.scheduler.ledger import Ledger
 from weightstream.scheduler.plan import LoadPlan
-from weightstream.scheduler.reading import Reading, Residency, look_at_cache, make_tuner
+from weightstream.scheduler.reading import Reading, Residency, look_at_cache, make_eviction, make_tuner
 from weightstream.scheduler.sinks import Prepared, Sink
 from weightstream.scheduler.verification import Verification
 
@@ -130,7 +130,10 @@ class Pipeline:
             prefault, given = _map(checkpoint, plan)
             stage = DeviceStage(backend, plan.layout, stream=stream, on_block=blocks.change, given=given)
             stack.callback(stage.close)
-            reading = Reading(source, tuner, found.resident, engine.readers.widen)
+            eviction = make_eviction(checkpoint, plan, found, config)
+            if eviction is not None:
+                stack.callback(eviction.finish)
+            reading = Reading(source, tuner, found.resident, engine.readers.widen, eviction)
             flow = Flow(plan, reading, stage, ring or engine.ring, engine.clock, ledger, sink.admit, verification)
             return cls(
                 *(plan, found, tuner, blocks, stage, flow, prefault, verification),

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
+from weightstream.prefetch.eviction import Eviction
 from weightstream.prefetch.source import Source
 from weightstream.prefetch.tuner import FIRST_READ_BYTES, FIRST_WORKERS, MAX_WORKERS, Setting, Tuner
 from weightstream.scheduler.plan import LoadPlan
 
-__all__ = ["Reading", "Residency", "look_at_cache", "make_tuner"]
+__all__ = ["Reading", "Residency", "look_at_cache", "make_eviction", "make_tuner"]
 
 #: A chunk of which so much is in the page cache is read from there.
 _RESIDENT_SHARE = 0.5
@@ -24,12 +26,14 @@ class Reading(NamedTuple):
         tuner: says how to read; guarded by the flow's lock.
         resident: for each chunk, whether it is read from the page cache, as it is there already.
         widen: told, on a reader thread, how many readers there should be from now on.
+        eviction: takes what was read from storage out of the page cache again; None: it stays.
     """
 
     source: Source
     tuner: Tuner
     resident: Sequence[bool]
     widen: Callable[[int], None]
+    eviction: Eviction | None = None
 
 
 class Residency(NamedTuple):
@@ -53,6 +57,14 @@ def look_at_cache(plan: LoadPlan, source: Source, config: PrefetchConfig) -> Res
     shares = source.resident_shares([chunk.source for chunk in plan.chunks])
     shares = [1.0 if chunk.is_mapped else share for chunk, share in zip(plan.chunks, shares, strict=True)]
     return Residency([(share or 0.0) >= _RESIDENT_SHARE for share in shares], shares.count(None))
+
+
+def make_eviction(checkpoint: Checkpoint, plan: LoadPlan, found: Residency, config: PrefetchConfig) -> Eviction | None:
+    """Make what takes out of the page cache again what a load reads from storage, if the configuration asks for it."""
+    if config.page_cache == "keep":
+        return None
+    cold = [chunk.source for chunk, resident in zip(plan.chunks, found.resident, strict=True) if not resident]
+    return Eviction(checkpoint.shards, cold, is_everything=len(cold) == len(plan.chunks))
 
 
 def make_tuner(

@@ -53,6 +53,7 @@ class LoadReport:
         verified: what the bytes of every shard that was read were compared with: "sha256 (manifest)", "sha256 (hub)"
             for the names of blobs in the Hugging Face cache; "none" if nothing.
         hash_s: seconds that threads spent on hashing, added up; how long the load waited for that is in `phases`.
+        rank, world_size: which of how many processes this is; 0 and 1 where it is alone. See `weightstream.ranks`.
     """
 
     checkpoint: str
@@ -78,6 +79,8 @@ class LoadReport:
     unexpected_keys: tuple[str, ...]
     verified: str
     hash_s: float = 0.0
+    rank: int = 0
+    world_size: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data; the keys are the attributes' names."""

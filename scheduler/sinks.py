@@ -156,8 +156,8 @@ class NowhereSink:
 
     @property
     def prefetch_config(self) -> PrefetchConfig:
-        """Buffered, whatever was asked for: direct reads leave the page cache as it is."""
-        return self._engine.config.prefetch.model_copy(update={"io": "buffered"})
+        """Buffered, and kept, whatever was asked for: the page cache is all that is filled."""
+        return self._engine.config.prefetch.model_copy(update={"io": "buffered", "page_cache": "keep"})
 
     def prepare(self, checkpoint: Checkpoint) -> Prepared:
         strategy: ChosenStrategy = "direct" if self._engine.config.strategy == "direct" else "stream"

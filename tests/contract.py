@@ -27,4 +27,6 @@ REPORT_KEYS = [
     "unexpected_keys",
     "verified",
     "hash_s",
+    "rank",
+    "world_size",
 ]

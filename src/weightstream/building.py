@@ -90,16 +90,7 @@ def model_for(specs: Iterable[TensorSpec]) -> nn.Module:
         PlacementError: one module would need a tensor and a module, or something of its own, under the same name.
         UnsupportedFormatError: this version of torch lacks one of the dtypes.
     """
-    root = nn.Module()
-    modules: dict[str, nn.Module] = {"": root}
-
-    def module_at(path: str) -> nn.Module:
-        if path not in modules:
-            parent, _, name = path.rpartition(".")
-            modules[path] = nn.Module()
-            module_at(parent).add_module(name, modules[path])
-        return modules[path]
-
+    modules = {"": nn.Module()}
     for spec in specs:
         dtype = torch_dtype(spec.dtype)
         if dtype is None:
@@ -107,12 +98,21 @@ def model_for(specs: Iterable[TensorSpec]) -> nn.Module:
         tensor = torch.empty(torch_shape(spec.dtype, spec.shape), dtype=dtype, device="meta")
         parent, _, name = spec.name.rpartition(".")
         try:
-            module_at(parent).register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            _module_at(modules, parent).register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         except KeyError as error:
             raise PlacementError(
                 f"no torch module can have a tensor of this name beside the others ({error.args[0]})", tensor=spec.name
             ) from error
-    return root
+    return modules[""]
+
+
+def _module_at(modules: dict[str, nn.Module], path: str) -> nn.Module:
+    """Return a module, after making it and those above it where they are missing. `modules` holds all by their paths."""
+    if path not in modules:
+        parent, _, name = path.rpartition(".")
+        modules[path] = nn.Module()
+        _module_at(modules, parent).add_module(name, modules[path])
+    return modules[path]
 
 
 def _leave_out(checkpoint: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self, cast
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from pydantic_settings import (
@@ -117,6 +117,14 @@ class LoaderConfig(BaseSettings):
         default=SchedulerConfig(), description="What is read when, and how long a load may take."
     )
     device: DeviceConfig = Field(default=DeviceConfig(), description="Where tensors go, and what must be true of them.")
+
+    @model_validator(mode="after")
+    def _check_strategy(self) -> Self:
+        if self.strategy == "map" and self.prefetch.page_cache == "drop":
+            raise ValueError(
+                "strategy: map keeps tensors in the page cache, which prefetch.page_cache: drop empties: leave one out"
+            )
+        return self
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], **overrides: Any) -> Self:  # noqa: ANN401 - validated by pydantic

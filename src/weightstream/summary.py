@@ -75,6 +75,8 @@ def _facts(report: LoadReport, *, is_cache: bool) -> Iterable[tuple[str, str]]:
     yield "checkpoint", report.checkpoint
     yield "strategy", f"{report.strategy}: {report.reason}"
     yield "dtype", report.dtype
+    if report.world_size > 1:
+        yield "rank", f"{report.rank} of {report.world_size}"
     if not is_cache:
         if report.num_copies:
             yield "overlap", f"{report.overlap:.0%} of the less busy stage's time, reads and copies went on at once"

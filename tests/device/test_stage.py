@@ -14,6 +14,7 @@ from weightstream.device.layout import Layout
 from weightstream.device.placement import Mode, Place
 from weightstream.device.stage import DeviceStage
 from weightstream.device.targets import Target
+from weightstream.prefetch.arena import Arena
 from weightstream.prefetch.memory import allocate
 
 OWN = 4096
@@ -34,7 +35,7 @@ class Bench:
         self.accelerator = FakeAccelerator()
         self.changes: list[int] = []
         self.layout = Layout(list(places), lands=lands, own_bytes=OWN, block_bytes=1 << 16)
-        backend = HostBackend(allocate) if lands else self.accelerator
+        backend = HostBackend(Arena().allocate) if lands else self.accelerator
         self.stage = DeviceStage(backend, self.layout, stream=None, on_block=self.changes.append)
         self.memory = memoryview(allocate(1 << 16))
 

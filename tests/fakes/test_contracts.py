@@ -15,6 +15,7 @@ from tests.fakes.ring import STALE, PoisonedRing
 from tests.fakes.source import Disk
 from weightstream.device.accelerator import AcceleratorBackend
 from weightstream.device.backend import Backend, HostBackend, Spread
+from weightstream.prefetch.arena import Arena
 from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.memory import Budget, MemoryAccount, allocate
@@ -32,7 +33,7 @@ from weightstream.prefetch.source import ByteRange, FileSource, Source
 )
 def backend(request: pytest.FixtureRequest) -> Generator[Backend, None, None]:
     if request.param == "host":
-        yield HostBackend(allocate)
+        yield HostBackend(Arena().allocate)
     elif request.param == "accelerator":
         yield AcceleratorBackend(torch.device("cuda", torch.cuda.current_device()))
     else:

@@ -106,12 +106,20 @@ def best_fixed(storage: Storage, total_bytes: int) -> float:
     )
 
 
-STORAGES = [cold_disk, direct_wins, buffered_wins, far_away, crowded, large_reads_win, small_reads_win]
-
-
-@pytest.mark.parametrize("storage", STORAGES, ids=lambda storage: storage.__name__)
-def test_load_takes_little_longer_than_with_the_best_fixed_setting(storage: Storage) -> None:
-    total_bytes = 24 * 2**30
+@pytest.mark.parametrize(
+    ("storage", "gibibytes"),
+    [
+        (cold_disk, 2),
+        (direct_wins, 4),
+        (buffered_wins, 4),
+        (far_away, 8),
+        (crowded, 8),
+        (large_reads_win, 2),
+        (small_reads_win, 24),
+    ],
+)
+def test_load_takes_little_longer_than_with_the_best_fixed_setting(storage: Storage, gibibytes: int) -> None:
+    total_bytes = gibibytes * 2**30
     assert load(make(total_bytes), storage, total_bytes) <= 1.1 * best_fixed(storage, total_bytes)
 
 
@@ -143,7 +151,7 @@ def test_decisions_carry_the_figures_they_were_made_on() -> None:
     tuner = make(8 * 2**30)
     load(tuner, direct_wins, 8 * 2**30)
     assert tuner.decisions[0] == "io: buffered 1.20 GB/s, direct 3.00 GB/s, with 8 workers and reads of 4 MiB: direct"
-    assert tuner.decisions[1].startswith("workers: 8 workers 3.00 GB/s, 16 3.00 GB/s, 4 3.00 GB/s")
+    assert tuner.decisions[1].startswith("workers: 8 workers 3.00 GB/s, 4 3.00 GB/s: 8")
     assert tuner.decisions[2].startswith("reads: 4 MiB 3.00 GB/s, 16 MiB 3.00 GB/s")
 
 
