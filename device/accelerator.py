@@ -25,7 +25,7 @@ import torch
 from weightstream.device.backend import Event, Spread, cast_or_copy
 from weightstream.errors import PlacementError
 
-__all__ = ["AcceleratorBackend", "caller_streams", "default_device", "find_device", "free_bytes"]
+__all__ = ["AcceleratorBackend", "caller_streams", "default_device", "find_device", "foreach_copy", "free_bytes"]
 
 #: cudaHostRegisterPortable: page-locked for all devices of the process, not the current one alone.
 _PORTABLE = 1

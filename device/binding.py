@@ -6,16 +6,23 @@ A parameter on meta stays the object that it is: only what is behind it is excha
 it. So its class, its attributes, its ties and every reference that somebody holds stay true, and binding 46,000
 parameters leaves not one new object to the garbage collector. `requires_grad` belongs to what is exchanged and is
 copied. Runs on the load's own thread.
+
+An atomic load changes nothing before `finish`, when everything is there. What may fail comes first then, and what cannot
+be undone last: ties are compared; modules load themselves, and memory that several tensors have is written, after their
+tensors have been copied so that they can be put back; what is on meta is exchanged; and what has storage is written to,
+which only a device that breaks can stop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 
+from weightstream.device.accelerator import foreach_copy
 from weightstream.device.placement import Place, Placement
 from weightstream.device.sharded import is_sharded, local_parts, split_like
 from weightstream.device.stage import DeviceStage
@@ -24,6 +31,8 @@ from weightstream.errors import PlacementError
 
 __all__ = ["Binder"]
 
+logger = logging.getLogger(__name__)
+
 _exchange = cast(
     "Callable[[torch.Tensor, torch.Tensor], None]",
     torch._C._swap_tensor_impl,  # pyright: ignore[reportUnknownMemberType]  # what `swap_tensors` is made of
@@ -31,11 +40,24 @@ _exchange = cast(
 
 
 class Binder:
-    """Carries out a placement, tensor by tensor, and undoes it."""
+    """Carries out a placement, tensor by tensor or all at once, and undoes it.
 
-    def __init__(self, placement: Placement, stage: DeviceStage) -> None:
+    Args:
+        placement: what goes where.
+        stage: where the tensors come from.
+        atomic: change nothing before `finish`.
+    """
+
+    def __init__(self, placement: Placement, stage: DeviceStage, *, atomic: bool = False) -> None:
         self._placement = placement
         self._stage = stage
+        self._is_atomic = atomic
+        #: What is to be exchanged in the end: parameters, and the tensors for them; and the names that become usable.
+        self._waiting: list[torch.Tensor] = []
+        self._loaded: list[torch.Tensor] = []
+        self._ready: list[str] = []
+        #: What to put back: names as in `written`, tensors, and copies of them.
+        self._originals: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         self._staged: dict[str, torch.Tensor] = {}
         self._sharded = {place.name for place in placement.sharded}
         self._adopted: list[torch.Tensor] = []
@@ -68,6 +90,9 @@ class Binder:
             ready.append(target.name)
             if target.ties:
                 ready.extend(tie.name for tie in target.ties)
+        if self._is_atomic:
+            self._ready += ready
+            return []
         if self._sharded:
             whole = [described[index] for index in places if described[index].name in self._sharded]
             if whole:
@@ -75,32 +100,52 @@ class Binder:
         return ready
 
     def finish(self) -> list[str]:
-        """Place what could not be placed tensor by tensor; return the names that became usable.
+        """Place what could not be placed tensor by tensor, or everything; return the names that became usable.
 
         Raises:
             PlacementError: two names of one tied tensor have different bytes, or a module's own hooks failed.
         """
-        ready: list[str] = []
+        ready, self._ready = self._ready, []
         placement = self._placement
-        if placement.doubles or placement.strided or placement.shared or placement.subtrees:
+        if self._is_atomic:
+            self._stage.run(lambda: self._commit(ready))
+        elif placement.doubles or placement.strided or placement.shared or placement.subtrees:
             self._stage.run(lambda: self._finish_staged(ready))
         return ready
 
     def rollback(self) -> None:
-        """Put every parameter that was on meta back there, as it was. Copies must have completed."""
+        """Put every parameter that was on meta back there, as it was, and copies back where such were made.
+
+        Copies from slots must have completed.
+        """
         while self._adopted:
             tensor, on_meta = self._adopted.pop(), self._on_meta.pop()
             on_meta.requires_grad_(tensor.requires_grad)
             _exchange(tensor, on_meta)
         self._staged.clear()
+        self._waiting.clear()
+        self._loaded.clear()
+        if self._originals:
+            try:
+                self._stage.run(self._put_back)
+            except Exception:
+                logger.warning("what was written to while the model was changed cannot be put back", exc_info=True)
 
     def release(self) -> None:
         """Let go of what a rollback would need, a few at a time: all at once holds the interpreter's lock for 20 ms."""
+        self._originals.clear()
         while self._on_meta:
             del self._on_meta[-1000:], self._adopted[-1000:]
 
     def _adopt(self, tensor: torch.Tensor, loaded: torch.Tensor) -> None:
-        """Put a loaded tensor behind a parameter or buffer that is on meta."""
+        """Put a loaded tensor behind a parameter or buffer that is on meta; if all change at once, do so later."""
+        if self._is_atomic:
+            self._waiting.append(tensor)
+            self._loaded.append(loaded)
+        else:
+            self._exchange(tensor, loaded)
+
+    def _exchange(self, tensor: torch.Tensor, loaded: torch.Tensor) -> None:
         if tensor.requires_grad:
             loaded.requires_grad_(True)
         _exchange(tensor, loaded)
@@ -109,8 +154,40 @@ class Binder:
 
     @torch.no_grad()
     def _finish_staged(self, ready: list[str]) -> None:
+        self._write(self._placement.strided, ready)
+        self._write_shared(ready)
+        self._compare_doubles()
+        self._load_subtrees(ready)
+
+    @torch.no_grad()
+    def _commit(self, ready: list[str]) -> None:
+        """Change the whole model; see the module for the order."""
+        placement = self._placement
+        self._compare_doubles()
+        self._load_subtrees(ready)
+        self._keep((place.name, _target(place)) for place in placement.shared)
+        self._write_shared(ready)
+        for tensor, loaded in zip(self._waiting, self._loaded, strict=True):
+            self._exchange(tensor, loaded)
+        self._waiting.clear()
+        self._loaded.clear()
+        self._write_at_once([*placement.strided, *placement.sharded], ready)
+
+    def _keep(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._originals += [(name, tensor, tensor.detach().clone()) for name, tensor in tensors]
+
+    @torch.no_grad()
+    def _put_back(self) -> None:
+        """Restore tensors with storage that were, or may have been, written to, latest first."""
+        while self._originals:
+            name, tensor, original = self._originals[-1]
+            tensor.copy_(original)
+            self._originals.pop()
+            self._written = [one for one in self._written if one != name]
+
+    def _write_shared(self, ready: list[str]) -> None:
         shared = {place.name: self._staged[place.name] for place in self._placement.shared}
-        self._write([*self._placement.strided, *self._placement.shared], ready)
+        self._write(self._placement.shared, ready)
         for place in self._placement.shared:
             if not _are_same(_target(place), shared[place.name]):
                 raise PlacementError(
@@ -119,8 +196,17 @@ class Binder:
                     expected="the same bytes for what both hold",
                     hint="Remove one of the two from the checkpoint, or give it memory of its own in the model",
                 )
+
+    def _compare_doubles(self) -> None:
+        if not self._placement.doubles:
+            return
+        waiting = {id(tensor): loaded for tensor, loaded in zip(self._waiting, self._loaded, strict=True)}
         for first, second in self._placement.doubles:
-            self._compare(first, self._staged.pop(second.name), second)
+            found = self._staged.get(first.name, waiting.get(id(_target(first))))
+            loaded = _registered(_sites(first)[0]) if found is None else found
+            self._compare(first, loaded, self._staged.pop(second.name), second)
+
+    def _load_subtrees(self, ready: list[str]) -> None:
         for subtree in filter(self._placement.wants, self._placement.subtrees):
             self._load_subtree(subtree)
             ready.extend(place.name for place in subtree.places)
@@ -137,9 +223,24 @@ class Binder:
             tensor.copy_(loaded)
             ready.extend(site.name for site in _sites(place))
 
-    def _compare(self, first: Place, second: torch.Tensor, place: Place) -> None:
-        assert first.target is not None
-        loaded = _registered(first.target.sites[0])
+    def _write_at_once(self, places: list[Place], ready: list[str]) -> None:
+        """Do what `_write` does, in one call where that is possible."""
+        targets: list[torch.Tensor] = []
+        sources: list[torch.Tensor] = []
+        for place in places:
+            target, loaded = _target(place), self._staged[place.name]
+            odd = is_sharded(target) or not target.is_contiguous() or target.is_conj() or target.is_neg()
+            if odd or target.device != loaded.device:
+                self._write([place], ready)
+                continue
+            self._written.append(place.name)  # before: where it stops, if it does, nobody knows
+            targets.append(target.detach().view(-1).view(torch.uint8))  # not every dtype has a copy of its own
+            sources.append(self._staged.pop(place.name).view(-1).view(torch.uint8))
+            ready.extend(site.name for site in _sites(place))
+        if targets:
+            foreach_copy(targets, sources)
+
+    def _compare(self, first: Place, loaded: torch.Tensor, second: torch.Tensor, place: Place) -> None:
         if is_sharded(loaded):
             loaded, second = local_parts(loaded, second)
         if not _are_same(loaded, second.to(loaded.dtype)):
@@ -156,7 +257,10 @@ class Binder:
         state = {place.name: _split(place, self._staged.pop(place.name)) for place in subtree.places}
         whole = {(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in state.values() if not is_sharded(tensor)}
         assign = any(target.tensor.is_meta for target in subtree.targets)
-        self._written.extend(target.name for target in subtree.targets if not target.tensor.is_meta)
+        materialised = [target for target in subtree.targets if not target.tensor.is_meta]
+        if self._is_atomic:
+            self._keep((target.name, target.tensor) for target in materialised)
+        self._written.extend(target.name for target in materialised)
         keys = _Keys([], [])
         errors: list[str] = []
         try:

@@ -62,6 +62,12 @@ class DeviceConfig(BaseModel):
         "bfloat16, float32, float64 for all floating-point tensors that are on meta. Casts among these four happen "
         "on the device; any other difference is a DtypeMismatchError.",
     )
+    commit: Literal["progressive", "atomic"] = Field(
+        default="progressive",
+        description="`progressive`: a parameter takes its tensor as soon as that is there. `atomic`: no parameter changes "
+        "before everything is on the device (and verified, with prefetch.verify); then all do, in one go. Parameters "
+        "that have storage are loaded beside it, which takes as much memory again, on their device.",
+    )
     strict: bool = Field(
         default=True,
         description="Fail when the checkpoint lacks a tensor of the model, or has one that the model lacks. "

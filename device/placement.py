@@ -70,6 +70,11 @@ class Place(msgspec.Struct, frozen=True, gc=False):
     def is_cast(self) -> bool:
         return self.dtype is not self.stored_dtype
 
+    @property
+    def final_bytes(self) -> int:
+        """How many bytes it has in the model."""
+        return self.num_bytes // self.stored_dtype.itemsize * self.dtype.itemsize if self.is_cast else self.num_bytes
+
 
 class Placement:
     """All decisions for one load.
@@ -79,7 +84,8 @@ class Placement:
         places: one per tensor that is wanted from the checkpoint, in the checkpoint's order.
         subtrees: modules that load themselves, in order of registration.
         doubles: pairs of places that hold the same tied tensor and must be equal; the second is staged.
-        strided: staged places that are copied into a target without contiguous storage.
+        strided: staged places that are copied into a target with storage: without contiguous one, or any, where all
+            parameters are to change at once.
         shared: staged places whose targets are views of one memory, in order of registration: they are copied in this
             order, as `load_state_dict` does it, and must then all be what was loaded.
         sharded: staged places of which each process keeps its own part, as soon as they are there.
@@ -109,13 +115,28 @@ class Placement:
         self._stored = stored
         self._rules = NameRules(config)
         self._is_strict = config.strict
+        self._is_atomic = config.commit == "atomic"
 
     @property
     def staged_bytes(self) -> int:
         """Bytes that are loaded beside tensors that have storage already, and dropped when the load ends."""
         own = [place for tree in self.subtrees for place in tree.places if not _adopts(place)]
         beside = (*own, *self.strided, *self.shared, *self.sharded, *(second for _, second in self.doubles))
-        return sum(place.num_bytes for place in beside)
+        return sum(place.final_bytes for place in beside)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of tensors that are copied, so that they can be put back, before what may fail is done to them."""
+        if not self._is_atomic:
+            return 0
+        targets = [target for tree in self.subtrees if self.wants(tree) for target in tree.targets]
+        own_bytes = sum(target.tensor.nbytes for target in targets if not target.on_meta)
+        return own_bytes + sum(place.final_bytes for place in self.shared)
+
+    @property
+    def hooks_may_change_more(self) -> bool:
+        """Whether all tensors are to change at once, and modules have hooks of which nobody knows what else they do."""
+        return self._is_atomic and any(self.wants(tree) and not tree.keeps_shapes for tree in self.subtrees)
 
     def note_keys(self, missing: Iterable[str], unexpected: Iterable[str], *, says: str | None = None) -> None:
         """Note names on one side alone, except for those that nobody asked for or that are to be ignored.
@@ -357,7 +378,7 @@ def _place(name: str, spec: Stored, target: Target, config: DeviceConfig, device
     if target.filled_by >= 0:
         mode = "stage"
     elif not on_meta:
-        mode = _mode_in_place(tensor, device, name)
+        mode = _mode_in_place(tensor, device, config, name)
     elif tensor._backward_hooks is not None:
         raise PlacementError(
             "the parameter is on meta and has a gradient hook, which would be lost",
@@ -367,13 +388,15 @@ def _place(name: str, spec: Stored, target: Target, config: DeviceConfig, device
     return Place(name, spec.num_bytes, dtype, wanted, shape, mode, target.position, target)
 
 
-def _mode_in_place(tensor: torch.Tensor, device: torch.device, name: str) -> Mode:
+def _mode_in_place(tensor: torch.Tensor, device: torch.device, config: DeviceConfig, name: str) -> Mode:
     if tensor.layout is not torch.strided or _overlaps(tensor):
         raise PlacementError(
             "the tensor has no memory of its own for every element (sparse, or expanded)",
             tensor=name,
             hint="Make it dense and contiguous before loading",
         )
+    if config.commit == "atomic":
+        return "stage"
     plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
     if type(tensor) not in _PLAIN and is_sharded(tensor):
         return "stage"

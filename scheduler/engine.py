@@ -147,6 +147,7 @@ class Engine:
         *,
         io: Literal["auto", "buffered", "direct"],
         num_cold: int,
+        kept_bytes: int,
         delivers: bool,
         on_fallback: Callable[[str], None],
     ) -> Ring | None:
@@ -161,6 +162,7 @@ class Engine:
             strategy: how.
             io: how it is read; direct reads need slots.
             num_cold: how many chunks are not in the page cache.
+            kept_bytes: how much memory the device needs beside the plan's blocks.
             delivers: whether a consumer takes the blocks one by one.
             on_fallback: told if page-locking is refused.
 
@@ -170,7 +172,7 @@ class Engine:
         Raises:
             MemoryBudgetError: the host, its budget or the device has too little.
         """
-        self._check_room(plan, backend, delivers=delivers)
+        self._check_room(plan, backend, kept_bytes, delivers=delivers)
         if strategy in ("preload", "direct"):
             return self._own_ring(plan, backend, slots_of_own(plan, strategy, io), on_fallback)
         needed = sum(
@@ -225,8 +227,8 @@ class Engine:
         self._pin_or_settle(segments, backend, on_fallback)
         return ring
 
-    def _check_room(self, plan: LoadPlan, backend: Backend, *, delivers: bool) -> None:
-        blocks_bytes = sum(plan.layout.blocks[plan.layout.num_given :])
+    def _check_room(self, plan: LoadPlan, backend: Backend, kept_bytes: int, *, delivers: bool) -> None:
+        blocks_bytes = kept_bytes + sum(plan.layout.blocks[plan.layout.num_given :])
         if delivers:  # a consumer takes them; only so many are there at once
             blocks_bytes = min(blocks_bytes, self.budget.limit_bytes)
         if backend.lands:
@@ -285,7 +287,8 @@ class Engine:
         if not self.budget.take(num_bytes):
             raise MemoryBudgetError(
                 "tensors that are loaded beside where they belong (of modules that load themselves, tied twice, strided,"
-                " in the memory of others, or split over several devices) do not fit into what is left of prefetch.host_memory",
+                " in the memory of others, split over several devices, or, with device.commit: atomic, all that have"
+                " storage) do not fit into what is left of prefetch.host_memory",
                 expected=f"{num_bytes} bytes",
                 actual=f"{left_bytes} bytes",
                 hint=f"Set prefetch.host_memory to {self.budget.limit_bytes - left_bytes + num_bytes} bytes or more, or"

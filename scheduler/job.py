@@ -43,6 +43,11 @@ logger = ranked_logger(__name__)
 _AT_ONCE = 4096
 
 
+_NOT_ALL_ATOMIC = (
+    "commit: atomic covers the tensors of modules that load themselves, and not what else their hooks may change"
+)
+
+
 class Job:
     """See the module.
 
@@ -176,7 +181,10 @@ class Job:
                 self.readiness.expect(prepared.placement.names, prepared.placement.prefixes)
             stack.callback(prepared.placement.release)
             if prepared.backend.lands:
-                stack.enter_context(engine.borrow(prepared.placement.staged_bytes))
+                beside_bytes = prepared.placement.staged_bytes + prepared.placement.kept_bytes
+                stack.enter_context(engine.borrow(beside_bytes))
+            if prepared.placement.hooks_may_change_more:
+                self.fall_back(_NOT_ALL_ATOMIC)
             self._total_bytes = prepared.plan.total_bytes
             pipeline = Pipeline.open(
                 engine,

@@ -109,6 +109,7 @@ class Pipeline:
                 strategy,
                 io=config.io,
                 num_cold=found.num_cold,
+                kept_bytes=prepared.placement.kept_bytes,
                 delivers=sink.delivers,
                 on_fallback=fall_back,
             )

@@ -118,7 +118,8 @@ class ModelSink:
         return Prepared(placement, backend, plan, decision)
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
-        self._binder = Binder(prepared.placement, stage)
+        atomic = self._engine.config.device.commit == "atomic"
+        self._binder = Binder(prepared.placement, stage, atomic=atomic)
 
     def admit(self, chunk: Chunk) -> bool:
         return True

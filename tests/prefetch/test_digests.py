@@ -23,9 +23,9 @@ def fixture_folder(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "c", random_tensors({"a": (3, 4), "b": (5,)}), num_shards=2)
 
 
-def digests(path: Path, **options: bool) -> list[Digest | None]:
-    with open_checkpoint(path, **options) as checkpoint:
-        return find_digests(checkpoint, **options)
+def digests(path: Path, *, allow_outside_links: bool = False) -> list[Digest | None]:
+    with open_checkpoint(path, allow_outside_links=allow_outside_links) as checkpoint:
+        return find_digests(checkpoint, allow_outside_links=allow_outside_links)
 
 
 def sha256(path: Path) -> str:
