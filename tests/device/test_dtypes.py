@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from torch import nn
 
 from tests.builders import FORMAT_NAMES, assert_same, write_in_order
+from tests.fakes.accelerator import FakeAccelerator
 from tests.fakes.rig import Rig
+from weightstream.device.backend import Spread
 from weightstream.device.dtypes import CASTABLE, torch_dtype, torch_shape
 from weightstream.errors import DtypeMismatchError, UnsupportedFormatError
 from weightstream.prefetch.header import DTYPE_BITS
@@ -58,6 +61,37 @@ async def test_floats_are_cast_as_torch_casts_them(
         await loader.load(model, write_in_order(tmp_path, tensors))
     for name, tensor in model.state_dict().items():
         assert_same(tensor, tensors[name].to(declared))
+
+
+class Watched(FakeAccelerator):
+    """Adds up what crosses the bus, and notes what it becomes there."""
+
+    num_bytes = 0
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        self.num_bytes += source.numel()
+        super().copy(destination, source)
+
+    def spread(self, source: torch.Tensor, parts: Sequence[Spread]) -> None:
+        self.num_bytes += sum(part.num_bytes for part in parts)
+        super().spread(source, parts)
+
+
+@pytest.mark.parametrize("where", ["meta", "cpu"], ids=["adopt", "in-place"])
+@pytest.mark.parametrize("io", ["buffered", "direct"])
+async def test_cast_happens_on_the_device_after_the_copy(
+    make_rig: Callable[..., Rig], tmp_path: Path, where: str, io: str
+) -> None:
+    """Half as many bytes are copied as the model has then; what they become is decided there."""
+    rig = make_rig("fake", io=io, accelerator=Watched)
+    tensors = values(torch.bfloat16)
+    model = Holder(torch.float32, where)
+    async with rig.loader(strict=False, num_slots=4) as loader:
+        report = await loader.load(model, write_in_order(tmp_path, tensors))
+    stored = sum(tensor.nbytes for name, tensor in tensors.items() if name != "odd")
+    assert isinstance(rig.accelerator, Watched)
+    assert rig.accelerator.num_bytes == report.num_bytes == stored
+    assert sum(tensor.nbytes for tensor in model.buffers()) == 2 * stored
 
 
 @pytest.mark.parametrize("dtype", list(FORMAT_NAMES), ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -119,6 +153,42 @@ async def test_dtype_option_decides_for_floats_on_meta(
         await loader.load(model, path)
     for (name, tensor), dtype in zip(model.state_dict().items(), expected, strict=True):
         assert_same(tensor, stored[name].to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("option", "stored", "declared"),
+    [
+        ("float16", torch.int64, torch.float32),
+        ("bfloat16", torch.float8_e4m3fn, torch.bfloat16),
+        ("float64", torch.float32, torch.int8),
+    ],
+    ids=["integer-as-float", "float8-as-float", "float-as-integer"],
+)
+async def test_dtype_option_allows_no_other_cast(
+    rig: Rig, tmp_path: Path, option: Any, stored: torch.dtype, declared: torch.dtype
+) -> None:
+    model = nn.Module()
+    model.register_buffer("t", torch.zeros(4, dtype=declared, device="meta"))
+    path = write_in_order(tmp_path, {"t": torch.zeros(4).to(stored)})
+    async with rig.loader(dtype=option) as loader:
+        with pytest.raises(DtypeMismatchError):
+            await loader.load(model, path)
+    assert rig.disk.num_begun == 0
+
+
+async def test_dtype_option_holds_in_modules_that_load_themselves(rig: Rig, tmp_path: Path) -> None:
+    model = nn.BatchNorm1d(4, device="meta")
+    tensors = {
+        "weight": torch.rand(4),
+        "bias": torch.rand(4),
+        "running_mean": torch.rand(4),
+        "running_var": torch.rand(4),
+    }
+    path = write_in_order(tmp_path, {**tensors, "num_batches_tracked": torch.tensor(3)})
+    async with rig.loader(dtype="bfloat16") as loader:
+        await loader.load(model, path)
+    for name, tensor in tensors.items():
+        assert_same(model.state_dict()[name], tensor.bfloat16())
 
 
 async def test_dtype_option_leaves_tensors_with_storage_alone(rig: Rig, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ __all__ = ["ALL_FAMILIES", "FAMILIES", "logits_of", "save_small", "transformers"
 transformers: Any = import_module("transformers")
 
 #: Those whose checkpoints have the model's own names.
-FAMILIES = ["llama", "qwen3", "bert", "t5"]
+FAMILIES = ["llama", "qwen3", "bert", "t5", "mamba"]
 
 #: Also those that transformers converts (experts that the model fuses), and models without token numbers.
 ALL_FAMILIES = [*FAMILIES, "qwen3-moe", "mixtral", "gpt2", "vit"]
@@ -46,6 +46,11 @@ _KINDS: dict[str, tuple[str, str, dict[str, object]]] = {
             "vocab_size": 320,
             "decoder_start_token_id": 0,
         },
+    ),
+    "mamba": (  # has a hook for loading
+        "MambaForCausalLM",
+        "MambaConfig",
+        {"vocab_size": 320, "hidden_size": 64, "state_size": 8, "num_hidden_layers": 3},
     ),
     "vit": (
         "ViTForImageClassification",

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from tests.builders import write_checkpoint
 from tests.real.conftest import Target
 from tests.real.families import FAMILIES, logits_of, save_small
 from weightstream.integrations.transformers import build_on_meta
@@ -25,5 +27,18 @@ async def test_logits_equal_those_of_from_pretrained(
     reference = kind.from_pretrained(tmp_path).to(target.device)
     assert type(model) is kind
     expected, found = (logits_of(family, filled, target.device) for filled in (reference, model))
-    assert expected.dtype == found.dtype == dtype
+    assert expected.dtype == found.dtype
+    assert next(model.parameters()).dtype == dtype
     assert torch.equal(expected, found)
+
+
+async def test_hook_of_mamba_s_own_renames_what_older_checkpoints_have(target: Target, tmp_path: Path) -> None:
+    save_small("mamba", tmp_path / "new", dtype=torch.float32)
+    model = build_on_meta(tmp_path / "new", device=target.device)
+    stored: dict[str, torch.Tensor] = {}
+    for file in (tmp_path / "new").glob("*.safetensors"):
+        stored |= {name.replace("embeddings.", "embedding."): tensor for name, tensor in load_file(file).items()}
+    assert "backbone.embedding.weight" in stored
+    report = await target.fill(model, write_checkpoint(tmp_path / "old", stored))
+    assert torch.equal(model.get_parameter("lm_head.weight").cpu(), stored["backbone.embedding.weight"])
+    assert "backbone (MambaModel)" in report.fallbacks[0]
