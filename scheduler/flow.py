@@ -69,7 +69,7 @@ class Flow:
         stage: where to; `buffers` is used by reader threads.
         ring: where slots come from and go back to.
         clock: time and conditions.
-        ledger: kept up to date under this object's lock.
+        ledger: kept up to date under this object's lock; its recorder is told what becomes of chunks.
         admit: asked, in the order of the plan and without blocking, whether a chunk may be granted now.
         verification: hashes every chunk before it is handed on, if the load is verified; guarded by this object's lock.
     """
@@ -93,6 +93,7 @@ class Flow:
         self._ring = ring
         self._clock = clock
         self._ledger = ledger
+        self._recorder = ledger.recorder
         self._admit = admit
         self._verification = verification
         if verification is not None:
@@ -164,12 +165,16 @@ class Flow:
     def _read(self, fill: _Fill, begin: int, end: int, number: int | None) -> None:
         error: BaseException | None = None
         began_s = self._clock.now()
+        copy_s: float | None = None
         try:
-            self._fetch(fill, ByteRange(fill.chunk.source.shard, begin, end))
+            copy_s = self._fetch(fill, ByteRange(fill.chunk.source.shard, begin, end))
         except BaseException as exc:  # noqa: BLE001 (whatever it is, it ends the load and not the reader thread)
             error = exc
-        seconds = self._clock.now() - began_s
+        ended_s = self._clock.now()
+        seconds = ended_s - began_s
         if error is None:
+            if self._recorder is not None:
+                self._recorder.read(fill.chunk, began_s, ended_s if copy_s is None else copy_s, ended_s, end - begin)
             self._let_bounce_go(fill, end - begin)
         with self._condition:
             if fill.given_up:  # by `drain`: the slot is written off, nobody waits
@@ -209,26 +214,30 @@ class Flow:
         if slot is not None:
             self._ring.release(slot)
 
-    def _fetch(self, fill: _Fill, part: ByteRange) -> None:
+    def _fetch(self, fill: _Fill, part: ByteRange) -> float | None:
+        """Read a part; return since when it was copied from the slot, if it was."""
         whole = fill.chunk.source
         offset = part.begin // PAGE_BYTES * PAGE_BYTES - whole.begin // PAGE_BYTES * PAGE_BYTES
         if fill.direct:
             assert fill.slot is not None
             self._source.read_direct(part, fill.slot.view[offset:])
             if not fill.bounces:
-                return
+                return None
         view = None if fill.slot is None else fill.slot.view
         buffers = self._stage.buffers(fill.chunk.transfer, view, part.begin - whole.begin, part.end - whole.begin)
         if fill.chunk.is_mapped:
             for buffer in buffers:
                 populate(buffer)
-        elif fill.bounces:
-            assert view is not None
-            copy_out(view[offset + part.begin % PAGE_BYTES :], buffers)
-        else:
+            return None
+        if not fill.bounces:
             self._source.read(part, buffers)
             if fill.tuned and self._eviction is not None:
                 self._eviction.forget(part)
+            return None
+        assert view is not None
+        copy_s = self._clock.now()
+        copy_out(view[offset + part.begin % PAGE_BYTES :], buffers)
+        return copy_s
 
     def _complete(self, fill: _Fill) -> None:
         """Pass a chunk whose last part has been read to those who hash it, in whatever memory it is, or on."""
@@ -293,6 +302,8 @@ class Flow:
             while True:
                 if self._error is not None:
                     raise self._error
+                if self._recorder is not None:
+                    self._recorder.take_up()
                 if self._filled:
                     self._ledger.change(filled=-1, copying=1)
                     return self._filled.popleft()
@@ -318,6 +329,8 @@ class Flow:
 
     def submitted(self, filled: Filled, event: Event | None) -> None:
         """Note that a filled chunk's copies are on their way (or done, without an event)."""
+        if self._recorder is not None:  # before the copies' thread can say that they have ended
+            self._recorder.submitted(filled.chunk, is_done=event is None)
         with self._condition:
             if event is not None:
                 self._copies.append((filled, event))
@@ -337,6 +350,8 @@ class Flow:
 
     def bound(self, chunks: list[Chunk]) -> None:
         """Note that the tensors of chunks that `next` returned have been placed."""
+        if self._recorder is not None:
+            self._recorder.bound(chunks)
         with self._condition:
             self.bytes_placed += sum(chunk.num_bytes for chunk in chunks)
             self._ledger.change(binding=-1)
@@ -458,6 +473,8 @@ class Flow:
                 event.synchronize()
             except BaseException as exc:  # noqa: BLE001 (a driver's error ends the load)
                 error = exc
+            if error is None and self._recorder is not None:
+                self._recorder.copied(filled.chunk)
             with self._condition:
                 self._copies.popleft()
                 self._ledger.change(copying=-1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -17,7 +17,7 @@ from weightstream.scheduler.consumer import ConsumerSink
 from weightstream.scheduler.job import Job
 from weightstream.scheduler.report import LoadReport, Progress
 
-__all__ = ["LoadHandle", "TensorStream", "in_own_thread", "insist", "outlast", "settle", "stop_and_settle"]
+__all__ = ["LoadHandle", "TensorStream", "events", "in_own_thread", "insist", "outlast", "settle", "stop_and_settle"]
 
 T = TypeVar("T")
 
@@ -151,16 +151,11 @@ class LoadHandle:
 
     async def events(self) -> AsyncIterator[Progress]:
         """Yield a snapshot whenever something has changed, at most twenty a second, and the last one at the end."""
-        last: Progress | None = None
-        while True:
-            over = self._job.finished.done()
-            progress = self._job.progress()
-            if last is None or over or _counts(progress) != _counts(last):
-                last = progress
+        for progress in _changes(self._job):
+            if progress is None:
+                await outlast(self._job.finished, timeout_s=_EVENT_INTERVAL_S)
+            else:
                 yield progress
-            if over:
-                return
-            await outlast(self._job.finished, timeout_s=_EVENT_INTERVAL_S)
 
 
 class TensorStream:
@@ -217,6 +212,29 @@ class TensorStream:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+def events(job: Job) -> Iterator[Progress]:
+    """Yield what `LoadHandle.events` does, and block the calling thread in between."""
+    for progress in _changes(job):
+        if progress is None:
+            wait([job.finished], _EVENT_INTERVAL_S)
+        else:
+            yield progress
+
+
+def _changes(job: Job) -> Iterator[Progress | None]:
+    """Yield a snapshot where it differs from the one before, and None where there is time to wait; end with the job."""
+    last: Progress | None = None
+    while True:
+        over = job.finished.done()
+        progress = job.progress()
+        if last is None or over or _counts(progress) != _counts(last):
+            last = progress
+            yield progress
+        if over:
+            return
+        yield None
 
 
 def _counts(progress: Progress) -> tuple[str, int, int, int]:

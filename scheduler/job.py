@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import torch
 
+from weightstream.device.backend import Backend
 from weightstream.device.placement import Place
 from weightstream.device.stage import DeviceStage
 from weightstream.errors import LoadCancelledError, MemoryBudgetError, WeightstreamError
@@ -34,6 +35,7 @@ from weightstream.scheduler.plan import Chunk, LoadPlan
 from weightstream.scheduler.readiness import Readiness
 from weightstream.scheduler.report import LoadReport, Progress, State
 from weightstream.scheduler.sinks import Prepared, Sink
+from weightstream.scheduler.timeline import Recorder
 
 __all__ = ["Job"]
 
@@ -56,6 +58,7 @@ class Job:
         path: the checkpoint.
         sink: where the tensors go.
         streams: the caller's current stream on each device.
+        recorder: told what happens to each chunk, if there is one.
 
     Attributes:
         started: resolves when the preflight has passed, or with its error.
@@ -70,6 +73,7 @@ class Job:
         sink: Sink,
         *,
         streams: Mapping[torch.device, object],
+        recorder: Recorder | None = None,
     ) -> None:
         self.started: Future[None] = Future()
         self.finished: Future[LoadReport] = Future()
@@ -80,7 +84,7 @@ class Job:
         self._path = path
         self._sink: Sink | None = sink
         self._streams = streams
-        self._ledger = Ledger(engine.clock.now)
+        self._ledger = Ledger(engine.clock.now, recorder)
         self._begin = engine.clock.now()
         self._state: State = "preflight"
         self._flow: Flow | None = None
@@ -186,6 +190,9 @@ class Job:
             if prepared.placement.hooks_may_change_more:
                 self.fall_back(_NOT_ALL_ATOMIC)
             self._total_bytes = prepared.plan.total_bytes
+            if self._ledger.recorder is not None:
+                device, files = _device_name(prepared.backend), [shard.path.name for shard in checkpoint.shards]
+                self._ledger.recorder.describe(str(checkpoint.path), device, files)
             pipeline = Pipeline.open(
                 engine,
                 checkpoint,
@@ -208,7 +215,8 @@ class Job:
                 checkpoint.check_unchanged()
                 if pipeline.verification is not None:
                     pipeline.verification.check_complete()
-                self.readiness.mark(sink.finish())
+                with self._placing():
+                    self.readiness.mark(sink.finish())
             except BaseException as error:
                 pipeline.end(error)
                 self._undo(sink, error)
@@ -262,11 +270,21 @@ class Job:
         for first in range(0, len(plan.given), _AT_ONCE):
             self._check_stop()
             part = list(plan.given[first : first + _AT_ONCE])
-            with no_garbage_collection():
+            with no_garbage_collection(), self._placing():
                 self.readiness.mark(sink.take(part))
             num_bytes = sum(sizes[place].num_bytes for place in part)
             flow.bytes_read += num_bytes
             flow.bytes_placed += num_bytes
+
+    @contextmanager
+    def _placing(self) -> Generator[None, None, None]:
+        """Have it recorded, if anything is, that tensors are placed that came with no chunk."""
+        recorder = self._ledger.recorder
+        if recorder is not None:
+            recorder.take_up()
+        yield
+        if recorder is not None:
+            recorder.bound()
 
     def _undo(self, sink: Sink, error: BaseException) -> None:
         written = sink.rollback()
@@ -301,7 +319,7 @@ class Job:
             checkpoint=str(checkpoint.path),
             strategy=decision.strategy,
             reason=decision.reason,
-            device="page-cache" if backend.device.type == "meta" else str(backend.device),
+            device=_device_name(backend),
             dtype=_dtypes(placement.places),
             num_tensors=len(placement.places),
             num_shards=len(checkpoint.shards),
@@ -352,6 +370,10 @@ def _completed(chunks: list[Chunk], parts: dict[int, int]) -> list[int]:
                 parts[edge] -= 1
         done += [place for place in range(first, stop) if not parts.get(place)] if parts else range(first, stop)
     return done
+
+
+def _device_name(backend: Backend) -> str:
+    return "page-cache" if backend.device.type == "meta" else str(backend.device)
 
 
 def _dtypes(places: list[Place]) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+from weightstream.scheduler.timeline import Recorder
+
 __all__ = ["Ledger", "Section"]
 
 #: What the load's own thread is at: before the first read, waiting until everything has been read (`disk`; with
@@ -26,9 +28,11 @@ class Ledger:
 
     Args:
         now: the clock, in seconds.
+        recorder: told of every moment too, if there is one.
     """
 
-    def __init__(self, now: Callable[[], float]) -> None:
+    def __init__(self, now: Callable[[], float], recorder: Recorder | None = None) -> None:
+        self.recorder = recorder
         self.reading = 0
         self.unhashed = 0
         self.hashing = 0
@@ -42,6 +46,8 @@ class Ledger:
         self._section: Section = "preflight"
         self._now = now
         self._start = self._last = now()
+        if recorder is not None:
+            recorder.start(now, self._start)
 
     @property
     def wall_s(self) -> float:
@@ -78,8 +84,11 @@ class Ledger:
     ) -> None:
         """Book the time until now, then add to the counts of chunks in each state."""
         now = self._now()
-        spent, self._last = now - self._last, now
-        self.phases[self._phase()] += spent
+        last, self._last = self._last, now
+        spent, phase = now - last, self._phase()
+        self.phases[phase] += spent
+        if self.recorder is not None:
+            self.recorder.phase(phase, last, now)
         if self.reading:
             self.read_busy_s += spent
         if self.copying:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
@@ -29,8 +29,9 @@ from weightstream.scheduler.handle import (
     stop_and_settle,
 )
 from weightstream.scheduler.job import Job
-from weightstream.scheduler.report import LoadReport
+from weightstream.scheduler.report import LoadReport, Progress
 from weightstream.scheduler.sinks import ModelSink, NowhereSink, Sink
+from weightstream.scheduler.timeline import Recorder
 
 __all__ = ["Loader", "make_job"]
 
@@ -39,18 +40,24 @@ logger = ranked_logger(__name__)
 Path = str | os.PathLike[str]
 
 
-def make_job(engine: Engine, path: Path | None, sink: Sink, streams: Mapping[torch.device, object]) -> Job:
+def make_job(
+    engine: Engine,
+    path: Path | None,
+    sink: Sink,
+    streams: Mapping[torch.device, object],
+    recorder: Recorder | None = None,
+) -> Job:
     """Make a job for the checkpoint at `path`, or for the one that the configuration names.
 
     Raises:
-        ValueError: neither names one.
+        ValueError: neither names one; or the recorder has recorded a load before.
         RuntimeError: the process was forked from the engine's.
     """
     engine.check_process()
     checkpoint = path if path is not None else engine.config.checkpoint
     if checkpoint is None:
         raise ValueError("no checkpoint: pass a path, or set `checkpoint` in the configuration")
-    return Job(engine, os.fsdecode(checkpoint), sink, streams=streams)
+    return Job(engine, os.fsdecode(checkpoint), sink, streams=streams, recorder=recorder)
 
 
 class Loader:
@@ -105,41 +112,57 @@ class Loader:
             await insist(closed)
             thread.join()
 
-    async def start(self, model: nn.Module, path: Path | None = None) -> LoadHandle:
+    async def start(
+        self, model: nn.Module, path: Path | None = None, *, recorder: Recorder | None = None
+    ) -> LoadHandle:
         """Start to load a checkpoint into a model; return once the preflight has passed.
 
         Args:
             model: its parameters on meta get storage on `device.target`; those that have storage are written to.
             path: a folder, an `*.index.json` or a `.safetensors` file; None: what the configuration names.
+            recorder: notes what happens to each chunk, for a timeline.
 
         Cancellation: the load is cancelled, and the model is as it was before.
 
         Raises:
             CheckpointError, PlacementError, MemoryBudgetError, ReadError: the preflight failed; nothing has changed.
-            ValueError: no checkpoint is named.
+            ValueError: no checkpoint is named; or the recorder has recorded a load before.
             RuntimeError: the loader is not open, or the process was forked.
         """
-        return LoadHandle(await self._begin(ModelSink(self._open_engine(), model), path))
+        return LoadHandle(await self._begin(ModelSink(self._open_engine(), model), path, recorder))
 
-    async def load(self, model: nn.Module, path: Path | None = None) -> LoadReport:
+    async def load(
+        self,
+        model: nn.Module,
+        path: Path | None = None,
+        *,
+        on_progress: Callable[[Progress], object] | None = None,
+        recorder: Recorder | None = None,
+    ) -> LoadReport:
         """Load a checkpoint into a model, and wait until every tensor is in place. See `start`.
+
+        Args:
+            model, path, recorder: as in `start`.
+            on_progress: called in this task when something has changed, at most twenty times a second, and at the end.
 
         Cancellation: the load is cancelled and cleaned up before this returns.
 
         Raises:
             WeightstreamError: the load failed. See `LoadHandle.wait` for what is true of the model then.
+            Exception: whatever `on_progress` raises; the load has been cancelled.
         """
-        return await self._complete(await self._begin(ModelSink(self._open_engine(), model), path))
+        job = await self._begin(ModelSink(self._open_engine(), model), path, recorder)
+        return await self._complete(job, on_progress)
 
     async def warm(self, path: Path | None = None) -> LoadReport:
         """Read a checkpoint into the page cache and nowhere else. Errors and cancellation as in `load`."""
         return await self._complete(await self._begin(NowhereSink(self._open_engine()), path))
 
-    async def start_warm(self, path: Path | None = None) -> LoadHandle:
+    async def start_warm(self, path: Path | None = None, *, recorder: Recorder | None = None) -> LoadHandle:
         """Start what `warm` does; return once the preflight has passed. Errors and cancellation as in `start`."""
-        return LoadHandle(await self._begin(NowhereSink(self._open_engine()), path))
+        return LoadHandle(await self._begin(NowhereSink(self._open_engine()), path, recorder))
 
-    def stream(self, path: Path | None = None) -> TensorStream:
+    def stream(self, path: Path | None = None, *, recorder: Recorder | None = None) -> TensorStream:
         """Read a checkpoint tensor by tensor, without a model, in the order of its files.
 
         Readers stay ahead of the consumer by at most `prefetch.host_memory` bytes.
@@ -148,22 +171,22 @@ class Loader:
             An asynchronous iterator of (name, tensor on `device.target`). Errors are raised while iterating.
         """
         sink = ConsumerSink(self._open_engine())
-        return TensorStream(self._launch(sink, path), sink)
+        return TensorStream(self._launch(sink, path, recorder), sink)
 
     def _open_engine(self) -> Engine:
         if self._engine is None or self._tasks is None:
             raise RuntimeError("the Loader is not open: use it inside `async with`")
         return self._engine
 
-    def _launch(self, sink: Sink, path: Path | None) -> Job:
-        job = make_job(self._open_engine(), path, sink, caller_streams())
+    def _launch(self, sink: Sink, path: Path | None, recorder: Recorder | None) -> Job:
+        job = make_job(self._open_engine(), path, sink, caller_streams(), recorder)
         assert self._tasks is not None
         job.start()
         self._tasks.start_soon(self._attend, job)
         return job
 
-    async def _begin(self, sink: Sink, path: Path | None) -> Job:
-        job = self._launch(sink, path)
+    async def _begin(self, sink: Sink, path: Path | None, recorder: Recorder | None = None) -> Job:
+        job = self._launch(sink, path, recorder)
         try:
             await settle(job.started)
         except BaseException:
@@ -171,8 +194,11 @@ class Loader:
             raise
         return job
 
-    async def _complete(self, job: Job) -> LoadReport:
+    async def _complete(self, job: Job, on_progress: Callable[[Progress], object] | None = None) -> LoadReport:
         try:
+            if on_progress is not None:
+                async for progress in LoadHandle(job).events():
+                    on_progress(progress)
             return await settle(job.finished)
         except BaseException:
             await stop_and_settle(job)

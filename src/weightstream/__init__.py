@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from weightstream.scheduler.handle import LoadHandle, TensorStream
     from weightstream.scheduler.report import LoadReport, Progress
+    from weightstream.scheduler.timeline import Recorder, Timeline
 
 __all__ = [
     "CheckpointError",
@@ -52,8 +53,10 @@ __all__ = [
     "PlacementError",
     "Progress",
     "ReadError",
+    "Recorder",
     "ShapeMismatchError",
     "TensorStream",
+    "Timeline",
     "UnexpectedKeysError",
     "UnsupportedFormatError",
     "WeightstreamError",
@@ -69,7 +72,9 @@ _HOMES = {
     "Loader": "weightstream.api",
     "LoaderConfig": "weightstream.config",
     "Progress": "weightstream.scheduler.report",
+    "Recorder": "weightstream.scheduler.timeline",
     "TensorStream": "weightstream.scheduler.handle",
+    "Timeline": "weightstream.scheduler.timeline",
     "iter_tensors": "weightstream.api",
     "load": "weightstream.api",
     "load_sync": "weightstream.api",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -15,10 +15,11 @@ from weightstream.device.accelerator import caller_streams
 from weightstream.scheduler import loader as scheduler
 from weightstream.scheduler.consumer import ConsumerSink, drain
 from weightstream.scheduler.engine import Engine, Machine
-from weightstream.scheduler.handle import in_own_thread
+from weightstream.scheduler.handle import events, in_own_thread
 from weightstream.scheduler.job import Job
-from weightstream.scheduler.report import LoadReport
+from weightstream.scheduler.report import LoadReport, Progress
 from weightstream.scheduler.sinks import ModelSink
+from weightstream.scheduler.timeline import Recorder
 
 __all__ = ["Loader", "iter_tensors", "load", "load_sync"]
 
@@ -32,13 +33,22 @@ class Loader(scheduler.Loader):
         super().__init__(LoaderConfig() if config is None else config, machine=machine)
 
 
-async def load(model: nn.Module, path: Path | None = None, *, config: LoaderConfig | None = None) -> LoadReport:
+async def load(
+    model: nn.Module,
+    path: Path | None = None,
+    *,
+    config: LoaderConfig | None = None,
+    on_progress: Callable[[Progress], object] | None = None,
+    recorder: Recorder | None = None,
+) -> LoadReport:
     """Load a checkpoint into a model. For more than one load, keep a `Loader`: it keeps threads and memory.
 
     Args:
         model: its parameters on meta get storage on `device.target`; those that have storage are written to.
         path: a folder, an `*.index.json` or a `.safetensors` file; None: what the configuration names.
         config: None: defaults and environment variables.
+        on_progress: called in this task when something has changed, at most twenty times a second, and at the end.
+        recorder: notes what happens to each chunk, for a timeline.
 
     Cancellation: the load is cancelled, and everything is cleaned up, before this returns.
 
@@ -47,19 +57,26 @@ async def load(model: nn.Module, path: Path | None = None, *, config: LoaderConf
             `partly_written` names.
     """
     async with Loader(config) as loader:
-        return await loader.load(model, path)
+        return await loader.load(model, path, on_progress=on_progress, recorder=recorder)
 
 
-def load_sync(model: nn.Module, path: Path | None = None, *, config: LoaderConfig | None = None) -> LoadReport:
+def load_sync(
+    model: nn.Module,
+    path: Path | None = None,
+    *,
+    config: LoaderConfig | None = None,
+    on_progress: Callable[[Progress], object] | None = None,
+    recorder: Recorder | None = None,
+) -> LoadReport:
     """Load a checkpoint into a model, and block until it is there. Needs no event loop; see `load`.
 
-    An exception in the waiting thread (KeyboardInterrupt) cancels the load and cleans up.
+    An exception in the waiting thread (KeyboardInterrupt, or what `on_progress` raises) cancels the load and cleans up.
     """
     engine = Engine(LoaderConfig() if config is None else config)
     try:
-        job = scheduler.make_job(engine, path, ModelSink(engine, model), caller_streams())
+        job = scheduler.make_job(engine, path, ModelSink(engine, model), caller_streams(), recorder)
         job.start()
-        return _result(job)
+        return _result(job, on_progress)
     finally:
         engine.close()
 
@@ -97,8 +114,11 @@ def _end(job: Job | None, engine: Engine) -> None:
     engine.close()
 
 
-def _result(job: Job) -> LoadReport:
+def _result(job: Job, on_progress: Callable[[Progress], object] | None = None) -> LoadReport:
     try:
+        if on_progress is not None:
+            for progress in events(job):
+                on_progress(progress)
         return job.finished.result()
     except BaseException:
         job.stop()

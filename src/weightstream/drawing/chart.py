@@ -1,0 +1,136 @@
+"""What page and picture have in common: colours, texts, and which bar lies where. Knows no library."""
+
+from __future__ import annotations
+
+import heapq
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightstream.display import format_bytes, format_rate
+from weightstream.scheduler.timeline import WAITING, Span, Timeline, rates
+
+__all__ = ["COLORS", "LABELS", "Bar", "Chart", "heading", "rows_by_lane", "throughput"]
+
+#: Okabe and Ito's colours, which colour-blind people can tell apart. Phases have those of what is waited for.
+COLORS = {
+    "preflight": "#CC79A7",
+    "read": "#0072B2",
+    "disk": "#0072B2",
+    "wait": "#BFBFBF",
+    "submit": "#56B4E9",
+    "copy": "#E69F00",
+    "bind": "#009E73",
+    "other": "#4D4D4D",
+}
+LABELS = {
+    "preflight": "preflight",
+    "read": "read",
+    "wait": "wait",
+    "submit": "submit copies",
+    "copy": "copy",
+    "bind": "bind",
+}
+
+#: How high the rows of waiting chunks are together at most, in rows of other lanes; and one of them.
+_WAITING_HEIGHT = 3.0
+_WAITING_ROW = 0.35
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A span, from `bottom` to `top`."""
+
+    span: Span
+    bottom: float
+    top: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Bars by lane: readers at the top, then who waits, the copies, and the load's own thread.
+
+    Attributes:
+        bars: all of them.
+        lanes: the name of each lane, and the middle of it.
+        height: of everything; rows lie between 0, at the bottom, and this. One lane is 1 high, the waiting more.
+    """
+
+    bars: tuple[Bar, ...]
+    lanes: tuple[tuple[str, float], ...]
+    height: float
+
+    @classmethod
+    def of(cls, timeline: Timeline) -> Chart:
+        """Lay out a timeline."""
+        bars: list[Bar] = []
+        lanes: list[tuple[str, float]] = []
+        top = 0.0  # downwards, and turned round at the end
+        for lane, rows in rows_by_lane(timeline):
+            num_rows = max(row for _, row in rows) + 1
+            height = 1.0 if lane != WAITING else min(_WAITING_HEIGHT, max(1.0, num_rows * _WAITING_ROW))
+            for span, row in rows:
+                begin = top + 0.1 + row * (height - 0.2) / num_rows
+                gap = 0.1 if num_rows > 1 else 0.0
+                bars.append(Bar(span, begin, begin + (1 - gap) * (height - 0.2) / num_rows))
+            lanes.append((lane, top + height / 2))
+            top += height
+        return cls(
+            tuple(Bar(bar.span, top - bar.top, top - bar.bottom) for bar in bars),
+            tuple((lane, top - middle) for lane, middle in lanes),
+            top,
+        )
+
+
+def rows_by_lane(timeline: Timeline) -> list[tuple[str, list[tuple[Span, int]]]]:
+    """Return the lanes in order, and for each its spans with the row that each of them is in."""
+    by_lane: dict[str, list[Span]] = {}
+    for span in timeline.spans:
+        by_lane.setdefault(span.lane, []).append(span)
+    return [(lane, list(zip(by_lane[lane], _rows(by_lane[lane]), strict=True))) for lane in sorted(by_lane, key=_order)]
+
+
+def _order(lane: str) -> tuple[int, str, int]:
+    """Sort lanes along the way of the data, and readers by number."""
+    name, number = re.fullmatch(r"(.*?) ?(\d*)", lane).groups()  # type: ignore[union-attr]  # it always matches
+    rank = 0 if name == "reader" else 1 if lane == WAITING else 3 if lane == "load" else 2
+    return rank, name, int(number or 0)
+
+
+def _rows(spans: list[Span]) -> list[int]:
+    """Return the row of each span, such that none in a row overlap: the lowest that is free when it begins."""
+    free: list[int] = []
+    taken: list[tuple[float, int]] = []
+    rows: list[int] = []
+    for span in spans:
+        while taken and taken[0][0] <= span.begin_s:
+            heapq.heappush(free, heapq.heappop(taken)[1])
+        row = heapq.heappop(free) if free else len(taken)
+        heapq.heappush(taken, (span.end_s, row))
+        rows.append(row)
+    return rows
+
+
+def heading(timeline: Timeline) -> tuple[str, str]:
+    """Return what was loaded and how fast, and what it waited for."""
+    name = Path(timeline.checkpoint)
+    title = name.parent.name if name.name.endswith(".json") else name.name
+    rate = timeline.num_bytes / timeline.wall_s if timeline.wall_s > 0 else 0.0
+    spent: dict[str, float] = {}
+    for phase in timeline.phases:
+        spent[phase.name] = spent.get(phase.name, 0.0) + phase.end_s - phase.begin_s
+    wall_s = timeline.wall_s or 1.0
+    shares = [f"{phase} {seconds / wall_s:.0%}" for phase, seconds in sorted(spent.items(), key=lambda item: -item[1])]
+    what = f"{title}: {format_bytes(timeline.num_bytes)} onto {timeline.device}"
+    return f"{what} in {timeline.wall_s:.2f} s, {format_rate(rate)}", f"waited for: {', '.join(shares)}"
+
+
+def throughput(timeline: Timeline, num_bins: int = 150) -> dict[str, list[float]]:
+    """Return bytes per second over time: of reads ("disk"), and of copies ("bus"), if there are some."""
+    spans = timeline.spans
+    kinds = {"disk": "read", "bus": "copy"}
+    return {
+        name: rates((span for span in spans if span.kind == kind), timeline.wall_s, num_bins)
+        for name, kind in kinds.items()
+        if any(span.kind == kind for span in spans)
+    }

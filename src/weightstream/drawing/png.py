@@ -1,0 +1,83 @@
+"""A timeline as a picture, by matplotlib."""
+
+from __future__ import annotations
+
+import io
+
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
+
+from weightstream.display import format_rate
+from weightstream.drawing.chart import COLORS, LABELS, Chart, heading, throughput
+from weightstream.scheduler.timeline import Timeline
+
+__all__ = ["picture"]
+
+_WIDTH_IN, _DPI = 10.5, 120
+#: Heights in inches: of one lane, the phases, the throughput, and everything around.
+_LANE_IN, _PHASES_IN, _RATES_IN, _AROUND_IN = 0.26, 0.28, 1.1, 1.35
+
+
+def picture(timeline: Timeline) -> bytes:
+    """Return a PNG file."""
+    chart = Chart.of(timeline)
+    lanes_in = max(1.0, _LANE_IN * chart.height)
+    figure = Figure(
+        figsize=(_WIDTH_IN, _AROUND_IN + _PHASES_IN + lanes_in + _RATES_IN), dpi=_DPI, layout="constrained"
+    )
+    phases, lanes, rates = figure.subplots(
+        3, 1, sharex=True, gridspec_kw={"height_ratios": [_PHASES_IN, lanes_in, _RATES_IN]}
+    )
+    title, subtitle = heading(timeline)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    phases.set_title(subtitle, loc="left", fontsize=9, color="#444444")
+    _draw_phases(phases, timeline)
+    _draw_lanes(lanes, chart)
+    _draw_rates(rates, timeline)
+    rates.set_xlim(0, timeline.wall_s or 1.0)
+    kinds = {bar.span.kind for bar in chart.bars}
+    patches = [Patch(color=COLORS[kind], label=label) for kind, label in LABELS.items() if kind in kinds]
+    if any(phase.name == "other" for phase in timeline.phases):
+        patches.append(Patch(color=COLORS["other"], label="other"))
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=9, frameon=False)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def _draw_phases(axes: Axes, timeline: Timeline) -> None:
+    for phase in timeline.phases:
+        axes.axvspan(phase.begin_s, phase.end_s, color=COLORS[phase.name], linewidth=0)
+    axes.set_yticks([0.5], ["waits for"], fontsize=9)
+    axes.tick_params(left=False, bottom=False)
+
+
+def _draw_lanes(axes: Axes, chart: Chart) -> None:
+    for kind in LABELS:
+        boxes = [
+            [(bar.span.begin_s, bar.bottom), (bar.span.end_s, bar.bottom), (bar.span.end_s, bar.top), (bar.span.begin_s, bar.top)]
+            for bar in chart.bars
+            if bar.span.kind == kind
+        ]
+        axes.add_collection(PolyCollection(boxes, facecolors=COLORS[kind], edgecolors="white", linewidths=0.2))
+    axes.set_ylim(0, max(chart.height, 1.0))
+    axes.set_yticks([middle for _, middle in chart.lanes], [lane for lane, _ in chart.lanes], fontsize=9)
+    axes.tick_params(left=False, bottom=False)
+
+
+def _draw_rates(axes: Axes, timeline: Timeline) -> None:
+    colors = {"disk": COLORS["read"], "bus": COLORS["copy"]}
+    for name, bytes_per_s in throughput(timeline).items():
+        width_s = timeline.wall_s / len(bytes_per_s)
+        edges = [number * width_s for number in range(len(bytes_per_s) + 1)]
+        axes.stairs(bytes_per_s, edges, color=colors[name], label=name, linewidth=1.4)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: format_rate(rate)))
+    axes.tick_params(labelsize=9)
+    axes.set_xlabel("seconds since the load began", fontsize=9)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    if axes.patches:
+        axes.legend(loc="upper right", fontsize=9, frameon=False, ncols=2)
