@@ -173,9 +173,7 @@ class Flow:
         ended_s = self._clock.now()
         seconds = ended_s - began_s
         if error is None:
-            if self._recorder is not None:
-                self._recorder.read(fill.chunk, began_s, ended_s if copy_s is None else copy_s, ended_s, end - begin)
-            self._let_bounce_go(fill, end - begin)
+            self._note_part(fill, end - begin, began_s, copy_s, ended_s)
         with self._condition:
             if fill.given_up:  # by `drain`: the slot is written off, nobody waits
                 return
@@ -201,11 +199,13 @@ class Flow:
         if has_changed:
             self._widen(workers)
 
-    def _let_bounce_go(self, fill: _Fill, num_bytes: int) -> None:
+    def _note_part(self, fill: _Fill, num_bytes: int, began_s: float, copy_s: float | None, ended_s: float) -> None:
         """Note that a part is there; with the last one, give back a slot that was only read through.
 
         Before the chunk is handed over: who has waited for the load finds every slot free. Without the lock, see above.
         """
+        if self._recorder is not None:
+            self._recorder.read(fill.chunk, began_s, ended_s if copy_s is None else copy_s, ended_s, num_bytes)
         with self._condition:
             fill.left_bytes -= num_bytes
             slot = fill.slot if fill.bounces and not fill.left_bytes and not fill.given_up else None
@@ -432,6 +432,8 @@ class Flow:
                 verification.hash(part, lambda: self._error is None)
             except BaseException as exc:  # noqa: BLE001 (whatever it is, it ends the load)
                 error = exc
+            if error is None and self._recorder is not None:
+                self._recorder.hashed(part.item.chunk, began_s)
             with self._condition:
                 self._num_hashing -= 1
                 self._ledger.change(hashing=-1)

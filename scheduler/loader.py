@@ -142,7 +142,9 @@ class Loader:
         """Load a checkpoint into a model, and wait until every tensor is in place. See `start`.
 
         Args:
-            model, path, recorder: as in `start`.
+            model: as in `start`.
+            path: as in `start`.
+            recorder: as in `start`.
             on_progress: called in this task when something has changed, at most twenty times a second, and at the end.
 
         Cancellation: the load is cancelled and cleaned up before this returns.

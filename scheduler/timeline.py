@@ -17,9 +17,9 @@ from weightstream.scheduler.plan import Chunk
 
 __all__ = ["WAITING", "Kind", "Phase", "Recorder", "Span", "Timeline", "rates"]
 
-#: What a span is: bytes are fetched; a chunk waits for its turn; its copies are submitted; they run; its tensors are
-#: placed; or the load is checked before anything is read.
-Kind = Literal["preflight", "read", "wait", "submit", "copy", "bind"]
+#: What a span is: the load is checked before anything is read; bytes are fetched; they are hashed; a chunk waits for its
+#: turn; its copies are submitted; they run; its tensors are placed.
+Kind = Literal["preflight", "read", "verify", "wait", "submit", "copy", "bind"]
 
 #: The lane of chunks that wait. Several do so at once: their spans overlap, those of other lanes do not.
 WAITING = "waiting"
@@ -93,6 +93,7 @@ class Recorder:
         self._since_s = 0.0
         self._phases: list[Phase] = []
         self._reads: list[tuple[Chunk, str, float, float, float, int]] = []
+        self._hashed: list[tuple[Chunk, str, float, float]] = []
         self._submits: list[tuple[Chunk, float, float, bool]] = []
         self._copied: list[tuple[int, float]] = []
         self._binds: list[tuple[Sequence[Chunk], float, float]] = []
@@ -121,6 +122,11 @@ class Recorder:
         """Note a read of a part of a chunk, on the reader's thread, which copied the bytes to their place from `copy_s` on."""
         self._reads.append((chunk, threading.current_thread().name, begin_s, copy_s, end_s, num_bytes))
 
+    def hashed(self, chunk: Chunk, begin_s: float) -> None:
+        """Note that a chunk has been hashed, on the thread that did it."""
+        assert self._now is not None
+        self._hashed.append((chunk, threading.current_thread().name, begin_s, self._now()))
+
     def take_up(self) -> None:
         """Note that the load's thread begins to do something."""
         assert self._now is not None
@@ -144,14 +150,17 @@ class Recorder:
     def timeline(self) -> Timeline:
         """Return what was recorded: of a load that has ended, in whatever way, or until now."""
         # What comes last in a load is looked at first: whatever is in one list then has what it needs in the next.
-        binds, copied, submits, reads = map(list, (self._binds, self._copied, self._submits, self._reads))
+        binds, copied, submits = list(self._binds), list(self._copied), list(self._submits)
+        hashed, reads = list(self._hashed), list(self._reads)
         end_s = self._phases[-1].end_s if self._phases else self._begin_s
         spans = [span for entry in reads for span in self._read_spans(*entry)]
-        filled: dict[int, float] = {}
+        idle: dict[int, float] = {}  # since when a chunk has had nothing to do but wait
         for chunk, _, _, _, read_s, _ in reads:
-            filled[chunk.index] = max(filled.get(chunk.index, 0.0), read_s)
-        #: Since when a chunk has had nothing to do but wait.
-        idle = dict(filled)
+            idle[chunk.index] = max(idle.get(chunk.index, 0.0), read_s)
+        for chunk, thread, since_s, until_s in hashed:
+            spans.append(self._span("wait", WAITING, [chunk], idle[chunk.index], since_s))
+            spans.append(self._span("verify", _lane(thread), [chunk], since_s, until_s))
+            idle[chunk.index] = until_s
         spans += self._copy_spans(submits, dict(copied), idle)
         for chunks, since_s, until_s in binds:
             spans += [self._span("wait", WAITING, [one], idle[one.index], since_s) for one in chunks]
@@ -171,7 +180,7 @@ class Recorder:
     def _read_spans(
         self, chunk: Chunk, thread: str, begin_s: float, copy_s: float, end_s: float, num_bytes: int
     ) -> list[Span]:
-        lane = thread.removeprefix("weightstream-").replace("-", " ")
+        lane = _lane(thread)
         return [
             self._span("read", lane, [chunk], begin_s, copy_s, num_bytes),
             self._span("copy", lane, [chunk], copy_s, end_s, num_bytes),
@@ -220,6 +229,10 @@ class Recorder:
             sum(chunk.num_bytes for chunk in chunks) if num_bytes is None else num_bytes,
             self._files[chunks[0].source.shard] if chunks else "",
         )
+
+
+def _lane(thread: str) -> str:
+    return thread.removeprefix("weightstream-").replace("-", " ")
 
 
 def rates(spans: Iterable[Span], wall_s: float, num_bins: int) -> list[float]:

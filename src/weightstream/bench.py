@@ -21,6 +21,7 @@ from rich.console import Console
 from weightstream import pagecache
 from weightstream.config import LoaderConfig
 from weightstream.display import Display, format_bytes
+from weightstream.drawing import save_timeline
 from weightstream.errors import MemoryBudgetError
 from weightstream.prefetch.checkpoint import open_checkpoint
 from weightstream.prefetch.memory import PAGE_BYTES, allocate, available_bytes, usable_cores
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from weightstream.prefetch.header import TensorSpec
+    from weightstream.scheduler.timeline import Recorder
 
 __all__ = ["Subject", "bench", "print_plan", "touch"]
 
@@ -89,6 +91,7 @@ async def bench(
     *,
     num_runs: int,
     is_cold: bool,
+    timeline: Path | None,
     on_plan: Callable[[Subject], None],
     on_findings: Callable[[Findings], None],
 ) -> None:
@@ -99,6 +102,7 @@ async def bench(
         display: shows progress.
         num_runs: how often each thing is measured.
         is_cold: also measure with the page cache emptied of the checkpoint's files.
+        timeline: a file for what happened when in one more load, of filled page cache. None: there is none.
         on_plan: told what will be done, before it is.
         on_findings: told the result.
 
@@ -133,6 +137,9 @@ async def bench(
         rows=tuple(arm.row for arm in arms if arm.samples),
         notes=tuple(dict.fromkeys(notes)),
     )
+    if timeline is not None:
+        with display.step(f"one more load, for {timeline}"):
+            await _record(subject, timeline)
     await in_thread(on_findings, found)
 
 
@@ -287,12 +294,22 @@ async def _copy(subject: Subject) -> Sample:
     return Sample(found.num_bytes, found.wall_s, gauge.cpu_s, gauge.peak_bytes)
 
 
-async def _load(subject: Subject) -> Sample:
+async def _record(subject: Subject, timeline: Path) -> None:
+    """Load once more, and save what happened when: what was measured before was not recorded."""
+    from weightstream.scheduler.timeline import Recorder  # noqa: PLC0415
+
+    recorder = Recorder()
+    await in_thread(touch, subject.needed_bytes // 2)
+    await _load(subject, recorder)
+    await in_thread(save_timeline, recorder.timeline(), timeline)
+
+
+async def _load(subject: Subject, recorder: Recorder | None = None) -> Sample:
     from weightstream.api import load  # noqa: PLC0415
 
     model = await in_thread(_prepare_load, subject)
     gauge = _Gauge()
-    report = await load(model, subject.checkpoint, config=subject.config)
+    report = await load(model, subject.checkpoint, config=subject.config, recorder=recorder)
     return Sample(report.num_bytes, report.wall_s, gauge.cpu_s, gauge.peak_bytes, report)
 
 

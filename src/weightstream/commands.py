@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -75,6 +76,28 @@ def _verbose(command: F) -> F:
     )(command)
 
 
+def _timeline(command: F) -> F:
+    """Add --timeline to a command, and check before anything else that such a file can be written."""
+
+    def check(_context: click.Context, _parameter: click.Parameter, value: str | None) -> Path | None:
+        if value is None:
+            return None
+        from weightstream.drawing import check_can_save  # noqa: PLC0415
+
+        try:
+            check_can_save(value)
+        except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+            raise click.BadParameter(str(error)) from error
+        return Path(value)
+
+    return click.option(
+        "--timeline",
+        metavar="FILE",
+        callback=check,
+        help="Write what each chunk did when: .html (a page that zooms), .png, or .json (for Perfetto).",
+    )(command)
+
+
 class _Commands(click.Group):
     """Lists the commands in the order in which a new user needs them, not by alphabet."""
 
@@ -121,12 +144,21 @@ def demo(session: _Session, *, fresh: bool) -> None:
     help="How far: only read the files (needs no model), load onto the CPU, or onto device.target.",
 )
 @click.option("--hold", is_flag=True, help="Keep the process and its weights until SIGINT or SIGTERM.")
+@_timeline
 @click.option("--json", "as_json", is_flag=True, help="Print the report alone, as JSON, on standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 @_verbose
 @click.pass_obj
 def warm(
-    session: _Session, config: str, *, checkpoint: str | None, to: Destination, hold: bool, as_json: bool, quiet: bool
+    session: _Session,
+    config: str,
+    *,
+    checkpoint: str | None,
+    to: Destination,
+    hold: bool,
+    timeline: Path | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Load the checkpoint that CONFIG describes, a YAML file.
 
@@ -148,6 +180,7 @@ def warm(
         settings,
         to,
         make_display(session.shutdown, quiet=quiet),
+        timeline=timeline,
         on_report=_print_json if as_json else _print_summary,
         on_hold=announce if hold else None,
     )
@@ -254,12 +287,21 @@ def _checkpoint_json(checkpoint: Checkpoint) -> str:
     "--runs", type=click.IntRange(1), default=3, show_default=True, help="Measure everything so often; medians count."
 )
 @click.option("--cold", is_flag=True, help="Measure with an empty page cache too: it is emptied of these files.")
+@_timeline
 @click.option("--json", "as_json", is_flag=True, help="Print everything alone, as JSON, on standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 @_verbose
 @click.pass_obj
 def bench(
-    session: _Session, checkpoint: str, *, device: str | None, runs: int, cold: bool, as_json: bool, quiet: bool
+    session: _Session,
+    checkpoint: str,
+    *,
+    device: str | None,
+    runs: int,
+    cold: bool,
+    timeline: Path | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Measure what disk and bus can do, and what a load reaches.
 
@@ -288,6 +330,7 @@ def bench(
         make_display(session.shutdown, quiet=quiet),
         num_runs=runs,
         is_cold=cold,
+        timeline=timeline,
         on_plan=lambda subject: None if as_json else measuring.print_plan(console, subject),
         on_findings=show,
     )

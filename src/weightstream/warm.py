@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import anyio
@@ -12,6 +13,7 @@ import anyio.to_thread
 
 from weightstream.config import LoaderConfig
 from weightstream.display import Display
+from weightstream.drawing import save_timeline
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,6 +48,7 @@ async def warm(
     to: Destination,
     display: Display,
     *,
+    timeline: Path | None,
     on_report: Callable[[LoadReport], None],
     on_hold: Callable[[], None] | None,
 ) -> None:
@@ -55,29 +58,36 @@ async def warm(
         config: names the checkpoint, and the model unless `to` is the page cache.
         to: where to.
         display: shows progress.
+        timeline: a file for what happened when, written before `on_report`. None: it is not recorded.
         on_report: told the result.
         on_hold: called when the weights are there, which are then held until this is cancelled. None: they are not.
 
     Raises:
         WeightstreamError, ConfigurationError, BuildError: see `Loader.load` and `building.build_model`.
+        OSError: the timeline cannot be written.
     """
     with display.step("importing torch"):
         await in_thread(importlib.import_module, "weightstream.api")
         await in_thread(importlib.import_module, "weightstream.building")
     from weightstream.api import Loader  # noqa: PLC0415 - this thread runs the event loop, which answers Ctrl-C
+    from weightstream.scheduler.timeline import Recorder  # noqa: PLC0415
 
+    recorder = None if timeline is None else Recorder()
     async with Loader(config) as loader:
         names: tuple[str, ...] = ("disk",)
         if to == "page-cache":
             with display.step("checking the checkpoint"):
-                handle = await loader.start_warm()
+                handle = await loader.start_warm(recorder=recorder)
         else:
             with display.step(f"building the model: {config.model}"):
                 model, device = await in_thread(_build, config)
             names = ("disk", device)
             with display.step("checking the checkpoint"):
-                handle = await loader.start(model)
+                handle = await loader.start(model, recorder=recorder)
         report = await follow(handle, display, names)
+        if recorder is not None and timeline is not None:
+            with display.step(f"writing {timeline}"):
+                await in_thread(save_timeline, recorder.timeline(), timeline)
         await in_thread(on_report, report)
         if on_hold is not None:
             on_hold()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from tests.builders import write_in_order
 from tests.fakes.rig import Rig
 from tests.models import SmallNet, tensors_of
+from weightstream.api import load_sync
+from weightstream.config import LoaderConfig
 from weightstream.errors import ReadError
 from weightstream.scheduler.report import Progress
 
@@ -87,3 +90,38 @@ async def test_progress_of_a_stream(rig: Rig, path: Path) -> None:
         assert [name async for name, _ in stream]
         report = await stream.report()
         assert stream.progress.bytes_placed == report.num_bytes
+
+
+async def test_callback_sees_what_events_yield(rig: Rig, path: Path) -> None:
+    snapshots: list[Progress] = []
+    async with rig.loader() as loader:
+        report = await loader.load(on_meta(), path, on_progress=snapshots.append)
+    assert_grows(snapshots)
+    assert snapshots[-1].state == "done"
+    assert snapshots[-1].bytes_placed == report.num_bytes
+
+
+async def test_error_of_the_callback_cancels_the_load(rig: Rig, path: Path) -> None:
+    model, gate = on_meta(), rig.disk.stop_at(3)
+
+    def fail(_: Progress) -> None:
+        asyncio.get_running_loop().call_soon(gate.open)  # runs once the load has been stopped
+        raise ArithmeticError("two and two")
+
+    async with rig.loader(workers=1) as loader:
+        with pytest.raises(ArithmeticError):
+            await loader.load(model, path, on_progress=fail)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_callback_of_a_blocking_load_runs_in_its_thread(path: Path) -> None:
+    threads: set[int] = set()
+    states: list[str] = []
+
+    def note(progress: Progress) -> None:
+        threads.add(threading.get_ident())
+        states.append(progress.state)
+
+    load_sync(on_meta(), path, config=LoaderConfig(device={"target": "cpu"}), on_progress=note)  # type: ignore[arg-type]  # pydantic takes mappings
+    assert threads == {threading.get_ident()}
+    assert states[-1] == "done"

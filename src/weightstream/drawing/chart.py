@@ -17,6 +17,7 @@ COLORS = {
     "preflight": "#CC79A7",
     "read": "#0072B2",
     "disk": "#0072B2",
+    "verify": "#D55E00",
     "wait": "#BFBFBF",
     "submit": "#56B4E9",
     "copy": "#E69F00",
@@ -25,7 +26,8 @@ COLORS = {
 }
 LABELS = {
     "preflight": "preflight",
-    "read": "read",
+    "read": "read (disk)",
+    "verify": "verify",
     "wait": "wait",
     "submit": "submit copies",
     "copy": "copy",
@@ -87,13 +89,16 @@ def rows_by_lane(timeline: Timeline) -> list[tuple[str, list[tuple[Span, int]]]]
     by_lane: dict[str, list[Span]] = {}
     for span in timeline.spans:
         by_lane.setdefault(span.lane, []).append(span)
-    return [(lane, list(zip(by_lane[lane], _rows(by_lane[lane]), strict=True))) for lane in sorted(by_lane, key=_order)]
+    return [
+        (lane, list(zip(spans, _rows(spans) if lane == WAITING else [0] * len(spans), strict=True)))
+        for lane, spans in sorted(by_lane.items(), key=lambda item: _order(item[0]))
+    ]
 
 
 def _order(lane: str) -> tuple[int, str, int]:
     """Sort lanes along the way of the data, and readers by number."""
     name, number = re.fullmatch(r"(.*?) ?(\d*)", lane).groups()  # type: ignore[union-attr]  # it always matches
-    rank = 0 if name == "reader" else 1 if lane == WAITING else 3 if lane == "load" else 2
+    rank = {"reader": 0, "hash": 1, WAITING: 2, "load": 4}.get(name, 3)
     return rank, name, int(number or 0)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from bokeh.embed import components
 from bokeh.events import DoubleTap
 from bokeh.layouts import column
-from bokeh.models import ColumnDataSource, CustomJS, CustomJSHover, FixedTicker, HoverTool, Range1d
+from bokeh.models import ColumnDataSource, CustomJS, CustomJSHover, DataRange1d, FixedTicker, HoverTool, Range1d
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 
@@ -21,6 +21,7 @@ __all__ = ["page"]
 
 #: Heights in pixels.
 _LANE_PX, _PHASES_PX, _RATES_PX, _AXIS_PX = 24, 52, 170, 12
+_SECONDS = "seconds since the load began"
 
 _PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -52,7 +53,7 @@ def page(timeline: Timeline) -> str:
     """Return the HTML text."""
     title, subtitle = heading(timeline)
     chart = Chart.of(timeline)
-    span_x = Range1d(0, timeline.wall_s or 1.0, bounds=(0, timeline.wall_s or 1.0))
+    span_x = Range1d(start=0, end=timeline.wall_s or 1.0, bounds=(0, timeline.wall_s or 1.0))
     panels = [_phases(timeline, span_x), _lanes(chart, span_x), _rates(timeline, span_x)]
     script, div = components(column(*panels, sizing_mode="stretch_width"))
     kinds = [kind for kind in LABELS if any(bar.span.kind == kind for bar in chart.bars)]
@@ -88,7 +89,7 @@ def _panel(height: int, span_x: Range1d, **settings: Any) -> figure:  # noqa: AN
 
 
 def _phases(timeline: Timeline, span_x: Range1d) -> figure:
-    panel = _panel(_PHASES_PX, span_x, y_range=Range1d(0, 1))
+    panel = _panel(_PHASES_PX, span_x, y_range=Range1d(start=0, end=1))
     source = ColumnDataSource(
         {
             "left": [phase.begin_s for phase in timeline.phases],
@@ -107,7 +108,7 @@ def _phases(timeline: Timeline, span_x: Range1d) -> figure:
 
 def _lanes(chart: Chart, span_x: Range1d) -> figure:
     height = max(chart.height, 1.0)
-    panel = _panel(round(_LANE_PX * height) + 2 * _AXIS_PX, span_x, y_range=Range1d(0, height))
+    panel = _panel(round(_LANE_PX * height) + 2 * _AXIS_PX, span_x, y_range=Range1d(start=0, end=height))
     files = sorted({bar.span.file for bar in chart.bars})
     name_of = CustomJSHover(args={"files": files}, code="return files[value]")
     for kind, label in LABELS.items():
@@ -153,15 +154,16 @@ def _columns(bars: list[Bar], files: list[str]) -> dict[str, Any]:
 
 
 def _rates(timeline: Timeline, span_x: Range1d) -> figure:
-    panel = _panel(_RATES_PX, span_x, x_axis_label="seconds since the load began", y_axis_label="GB/s")
-    panel.y_range.start = 0
+    panel = _panel(_RATES_PX, span_x, y_range=DataRange1d(start=0), x_axis_label=_SECONDS, y_axis_label="GB/s")
     panel.ygrid.visible = True
     colors = {"disk": COLORS["read"], "bus": COLORS["copy"]}
     for name, bytes_per_s in throughput(timeline).items():
         width_s = timeline.wall_s / len(bytes_per_s)
         middles = [(number + 0.5) * width_s for number in range(len(bytes_per_s))]
         source = ColumnDataSource({"x": middles, "rate": [rate / 1e9 for rate in bytes_per_s]})
-        line = panel.step("x", "rate", mode="center", color=colors[name], line_width=2, legend_label=name, source=source)
+        line = panel.step(
+            "x", "rate", mode="center", color=colors[name], line_width=2, legend_label=name, source=source
+        )
         panel.add_tools(HoverTool(renderers=[line], mode="vline", tooltips=f"{name}: @rate{{0.00}} GB/s"))
     if panel.legend:
         panel.legend.orientation = "horizontal"

@@ -25,9 +25,7 @@ def picture(timeline: Timeline) -> bytes:
     """Return a PNG file."""
     chart = Chart.of(timeline)
     lanes_in = max(1.0, _LANE_IN * chart.height)
-    figure = Figure(
-        figsize=(_WIDTH_IN, _AROUND_IN + _PHASES_IN + lanes_in + _RATES_IN), dpi=_DPI, layout="constrained"
-    )
+    figure = Figure(figsize=(_WIDTH_IN, _AROUND_IN + _PHASES_IN + lanes_in + _RATES_IN), dpi=_DPI, layout="constrained")
     phases, lanes, rates = figure.subplots(
         3, 1, sharex=True, gridspec_kw={"height_ratios": [_PHASES_IN, lanes_in, _RATES_IN]}
     )
@@ -58,7 +56,12 @@ def _draw_phases(axes: Axes, timeline: Timeline) -> None:
 def _draw_lanes(axes: Axes, chart: Chart) -> None:
     for kind in LABELS:
         boxes = [
-            [(bar.span.begin_s, bar.bottom), (bar.span.end_s, bar.bottom), (bar.span.end_s, bar.top), (bar.span.begin_s, bar.top)]
+            [
+                (bar.span.begin_s, bar.bottom),
+                (bar.span.end_s, bar.bottom),
+                (bar.span.end_s, bar.top),
+                (bar.span.begin_s, bar.top),
+            ]
             for bar in chart.bars
             if bar.span.kind == kind
         ]
