@@ -10,8 +10,8 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 
-from weightstream.prefetch.opening import Shard
 from weightstream.prefetch.memory import PAGE_BYTES
+from weightstream.prefetch.opening import Shard
 from weightstream.prefetch.source import ByteRange
 
 __all__ = ["Eviction"]

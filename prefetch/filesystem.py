@@ -85,7 +85,8 @@ def file_system_of(fd: int, *, mounts: Path = _MOUNTS) -> FileSystem:
     if number == _FUSE:
         name = _mounted_as(os.fstat(fd).st_dev, mounts) or "fuse"
         return FileSystem("local" if name in _LOCAL_FUSE else "network", name)
-    for kind, names in (("network", _NETWORK), ("memory", _MEMORY), ("local", _LOCAL)):
+    known: tuple[tuple[Kind, dict[int, str]], ...] = (("network", _NETWORK), ("memory", _MEMORY), ("local", _LOCAL))
+    for kind, names in known:
         if number in names:
             return FileSystem(kind, names[number])
     return FileSystem("local", hex(number))
