@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from weightstream.device.layout import ALIGNMENT_BYTES, Given, Layout, Transfer, padded
 from weightstream.device.placement import Place
+from weightstream.errors import UnsupportedFormatError
 from weightstream.prefetch.header import TensorSpec
 from weightstream.prefetch.source import ByteRange
 
@@ -227,6 +228,11 @@ def _whole_shards(
         position, end = whole.bodies[shard]
         wanted.sort(key=attrgetter("begin"))
         for cut in (*wanted, _Cut(shard, end, end, 0, 0, 0)):
+            if cut.begin < position:
+                raise UnsupportedFormatError(
+                    "tensors share bytes in a file, so its bytes cannot be hashed in their order while they are loaded",
+                    hint="Set prefetch.verify to none, or convert the file to safetensors",
+                )
             while position < cut.begin:
                 stop = min(cut.begin, position + chunk_bytes)
                 result.append(_Cut(shard, position, stop, 0, 0, 0, is_mapped))

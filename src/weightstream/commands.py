@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from weightstream.complaints import DONE, explain, logging_to_stderr
+from weightstream.complaints import DONE, FAILED, explain, logging_to_stderr
 from weightstream.shutdown import Shutdown
 
 if TYPE_CHECKING:
@@ -278,6 +278,47 @@ def _checkpoint_json(checkpoint: Checkpoint) -> str:
         },
         indent=2,
     )
+
+
+@_weightstream.command()
+@click.argument("checkpoint", type=click.Path())
+@click.option("--write-manifest", is_flag=True, help="Write what was found to SHA256SUMS beside the checkpoint.")
+@click.option("--force", is_flag=True, help="With --write-manifest: replace one that is there, and do not believe it.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything alone, as JSON, on standard output.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@_verbose
+@click.pass_obj
+def verify(session: _Session, checkpoint: str, *, write_manifest: bool, force: bool, as_json: bool, quiet: bool) -> int:
+    """Hash the files of CHECKPOINT and compare their SHA-256.
+
+    What it should be is said by a manifest beside the checkpoint (SHA256SUMS or *.sha256, as sha256sum writes them), or
+    by the file's name in the Hugging Face cache. The exit code is 1 if a file is not what it should be, and also if
+    nobody says what it should be, unless --write-manifest does so from now on.
+    """
+    if force and not write_manifest:
+        raise click.UsageError("--force is for --write-manifest.")
+    from weightstream import verifying  # noqa: PLC0415
+    from weightstream.config import LoaderConfig  # noqa: PLC0415
+    from weightstream.display import Output, make_display  # noqa: PLC0415
+    from weightstream.warm import in_thread  # noqa: PLC0415
+
+    settings = LoaderConfig(checkpoint=checkpoint)  # type: ignore[arg-type]  # as in inspect
+    display = make_display(session.shutdown, quiet=quiet)
+    codes: list[int] = []
+
+    async def show() -> None:
+        found = await verifying.verify(settings, display, writes_manifest=write_manifest, overwrites=force)
+        codes.append(DONE if found.is_good else FAILED)
+        if as_json:
+            await in_thread(_emit, json.dumps(found.to_dict(), indent=2))
+        else:
+            await in_thread(verifying.print_verdict, Output(), found)
+
+    try:
+        session.shutdown.run(show)
+    except verifying.ManifestExistsError as error:
+        raise click.UsageError(f"{error}: --force replaces it.") from error
+    return codes[0]
 
 
 @_weightstream.command()

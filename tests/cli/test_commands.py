@@ -13,7 +13,7 @@ import pytest
 
 from tests.cli.conftest import ROOT, Run
 
-COMMANDS = ["demo", "warm", "inspect", "bench", "schema"]
+COMMANDS = ["demo", "warm", "inspect", "verify", "bench", "schema"]
 
 
 def test_help_lists_the_commands_in_the_order_of_use(weightstream: Run) -> None:
@@ -32,7 +32,9 @@ def test_every_command_has_help(weightstream: Run, command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["schema"], ["warm", "--help"], ["bench", "--help"], ["--nonsense"]], ids=" ".join
+    "args",
+    [["--help"], ["schema"], ["warm", "--help"], ["bench", "--help"], ["verify", "--help"], ["--nonsense"]],
+    ids=" ".join,
 )
 def test_what_loads_nothing_does_not_import_torch(args: list[str]) -> None:
     program = (

@@ -1,0 +1,141 @@
+"""`weightstream verify`: what is in a checkpoint's files, against what should be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.builders import flip, open_files, write_checkpoint, write_sums
+from tests.cli.conftest import Run
+from weightstream.prefetch import source
+
+
+@pytest.fixture(name="folder")
+def fixture_folder(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "c", {name: torch.rand(100, 7) for name in "abcdef"}, num_shards=3)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_good_checkpoint(weightstream: Run, folder: Path) -> None:
+    write_sums(folder)
+    result = weightstream("verify", folder, "--quiet")
+    assert not any(".safetensors" in file for file in open_files().values())
+    assert (result.code, result.err) == (0, "")
+    assert "3 of 3 files are what they should be" in result.out
+    assert result.out.count("says the manifest  OK") == 3
+
+
+def test_every_wrong_file_is_named(weightstream: Run, folder: Path) -> None:
+    write_sums(folder)
+    first, second, third = sorted(folder.glob("*.safetensors"))
+    expected = sha256(first)
+    for file in (first, third):
+        flip(file, file.stat().st_size - 1)
+    result = weightstream("verify", folder, "--quiet")
+    assert result.code == 1
+    assert "1 of 3 files are what they should be" in result.out
+    assert result.out.count("WRONG") == 2
+    for text in (first.name, third.name, expected, sha256(first)):
+        assert text in result.out
+    result = weightstream("verify", folder, "--json")
+    assert result.code == 1
+    found = json.loads(result.out)
+    assert (found["ok"], found["num_shards"]) == (False, 3)
+    assert found["num_bytes"] == sum(file.stat().st_size for file in (first, second, third))
+    assert [shard["status"] for shard in found["shards"]] == ["wrong", "ok", "wrong"]
+    assert [shard["sha256"] for shard in found["shards"]] == [sha256(file) for file in (first, second, third)]
+    assert found["shards"][0]["expected"] == expected
+    assert found["shards"][0]["source"] == "manifest"
+
+
+def test_unknown_is_not_good(weightstream: Run, folder: Path) -> None:
+    result = weightstream("verify", folder, "--json", "--quiet")
+    assert (result.code, result.err) == (1, "")
+    found = json.loads(result.out)
+    assert (found["ok"], {shard["status"] for shard in found["shards"]}) == (False, {"unknown"})
+    assert "--write-manifest" in weightstream("verify", folder).out
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="there is no sha256sum")
+def test_sha256sum_accepts_what_it_writes(weightstream: Run, folder: Path) -> None:
+    result = weightstream("verify", folder, "--write-manifest")
+    assert result.code == 0
+    assert str(folder / "SHA256SUMS") in result.out
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True, capture_output=True)
+    assert weightstream("verify", folder).code == 0
+
+
+def test_manifest_is_replaced_only_by_force(weightstream: Run, folder: Path) -> None:
+    manifest = folder / "SHA256SUMS"
+    manifest.write_text(f"{'0' * 64}  model-00001-of-00003.safetensors\n")
+    before = manifest.read_bytes()
+    result = weightstream("verify", folder, "--write-manifest")
+    assert (result.code, result.out) == (2, "")
+    assert "SHA256SUMS exists: --force replaces it" in result.err
+    assert manifest.read_bytes() == before
+    assert weightstream("verify", folder, "--force").code == 2
+    assert weightstream("verify", folder, "--write-manifest", "--force").code == 0
+    assert weightstream("verify", folder).code == 0
+
+
+def test_wrong_file_is_not_written_down_as_right(weightstream: Run, folder: Path) -> None:
+    write_sums(folder, "published.sha256")
+    flip(min(folder.glob("*.safetensors")), 2000)
+    result = weightstream("verify", folder, "--write-manifest", "--json")
+    assert result.code == 1
+    assert json.loads(result.out)["manifest"] is None
+    assert not (folder / "SHA256SUMS").exists()
+
+
+def test_progress_is_told_on_standard_error(weightstream: Run, folder: Path) -> None:
+    write_sums(folder)
+    result = weightstream("verify", folder)
+    assert "hashed" in result.err
+    assert "(100%)" in result.err
+    assert "hashed 8" not in result.out
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [(["/nowhere"], 1), ([], 2), (["--nonsense", "x"], 2)],
+    ids=["no-checkpoint", "no-path", "unknown"],
+)
+def test_exit_codes(weightstream: Run, args: list[str], code: int) -> None:
+    result = weightstream("verify", *args)
+    assert (result.code, result.out) == (code, "")
+    assert result.err
+
+
+def test_file_that_cannot_be_read(weightstream: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setenv("WEIGHTSTREAM_PREFETCH__RETRIES", "0")
+    monkeypatch.setattr(source.os, "preadv", broken)
+    write_sums(folder)
+    result = weightstream("verify", folder)
+    assert not any(".safetensors" in file for file in open_files().values())
+    assert (result.code, result.out) == (1, "")
+    assert "cannot read: Input/output error" in result.err
+
+
+def test_hashes_without_torch(folder: Path) -> None:
+    write_sums(folder)
+    program = (
+        "import sys\n"
+        "from weightstream.commands import run\n"
+        f"code = run(['verify', {os.fspath(folder)!r}, '--quiet'])\n"
+        "sys.exit(code or 'torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False, capture_output=True).returncode == 0
