@@ -15,7 +15,6 @@ import torch
 
 from tests.builders import flip, open_files, write_checkpoint, write_sums
 from tests.cli.conftest import Run
-from weightstream.prefetch import source
 
 
 @pytest.fixture(name="folder")
@@ -122,7 +121,7 @@ def test_file_that_cannot_be_read(weightstream: Run, folder: Path, monkeypatch: 
         raise OSError(5, "Input/output error")
 
     monkeypatch.setenv("WEIGHTSTREAM_PREFETCH__RETRIES", "0")
-    monkeypatch.setattr(source.os, "preadv", broken)
+    monkeypatch.setattr(os, "preadv", broken)
     write_sums(folder)
     result = weightstream("verify", folder)
     assert not any(".safetensors" in file for file in open_files().values())
