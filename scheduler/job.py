@@ -118,6 +118,7 @@ class Job:
             self.readiness.num_ready,
             self.readiness.num_names,
             elapsed_s,
+            self.readiness.last_module,
         )
 
     def fall_back(self, sentence: str) -> None:

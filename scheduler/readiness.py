@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 __all__ = ["Readiness"]
@@ -18,6 +18,7 @@ class Readiness:
         self._prefixes: Sequence[str] = ()
         self._pending: set[str] = set()
         self._num_names = 0
+        self._last = ""
         self._missing: dict[Future[None], int] = {}
         self._waiting: dict[str, list[Future[None]]] = {}
         self._ended = False
@@ -31,6 +32,11 @@ class Readiness:
     def num_names(self) -> int:
         return self._num_names
 
+    @property
+    def last_module(self) -> str:
+        """The module of the tensor that became ready last; "" if none has, or if it belongs to the model itself."""
+        return self._last.rpartition(".")[0]
+
     def expect(self, names: Sequence[str], prefixes: Sequence[str]) -> None:
         """Set, once, the names of the tensors that will become ready, and the prefixes ("layers.0.") of all modules.
 
@@ -41,11 +47,12 @@ class Readiness:
             self._names, self._prefixes = names, prefixes
             self._num_names = len(names)
 
-    def mark(self, names: Iterable[str]) -> None:
+    def mark(self, names: Sequence[str]) -> None:
         """Say that these tensors hold their final values, and that the host has seen their last copy complete."""
         done: list[Future[None]] = []
         with self._lock:
             self._pending.difference_update(names)
+            self._last = names[-1] if names else self._last
             if self._waiting:
                 for name in names:
                     for future in self._waiting.pop(name, ()):

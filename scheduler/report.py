@@ -15,7 +15,10 @@ State = Literal["preflight", "loading", "finishing", "done", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A snapshot of a running load. Bytes count up to `total_bytes`, tensors to `total_tensors`."""
+    """A snapshot of a running load. Bytes count up to `total_bytes`, tensors to `total_tensors`.
+
+    `current_module` is the one whose tensors were placed last; "" where none was, or where there is no model.
+    """
 
     state: State
     bytes_read: int
@@ -24,6 +27,14 @@ class Progress:
     tensors_ready: int
     total_tensors: int
     elapsed_s: float
+    current_module: str = ""
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds that are left if it goes on as it did on average; None as long as nothing has been placed."""
+        if not self.bytes_placed:
+            return 0.0 if self.state == "done" else None
+        return self.elapsed_s * (self.total_bytes - self.bytes_placed) / self.bytes_placed
 
 
 @dataclass(frozen=True, slots=True)

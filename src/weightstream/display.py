@@ -76,14 +76,23 @@ class Meter:
         return (self.done_bytes - since_bytes) / elapsed_s if elapsed_s > 0 else 0.0
 
     @property
+    def left(self) -> str:
+        """How long it will take at this rate, as text; "" if that is unknown, or over."""
+        rate = self.bytes_per_s
+        if self._end_s is not None or rate <= 0:
+            return ""
+        seconds = round((self.total_bytes - self.done_bytes) / rate)
+        return f"{seconds} s left" if seconds < 100 else f"{seconds / 60:.0f} min left"
+
+    @property
     def fraction(self) -> float:
         return self.done_bytes / self.total_bytes if self.total_bytes else 0.0
 
 
 class MeterUpdate(Protocol):
-    """Moves all meters: their common total, and how many bytes each has done."""
+    """Moves all meters: their common total, how many bytes each has done, and what is being worked at."""
 
-    def __call__(self, total_bytes: int, /, *done_bytes: int) -> None: ...
+    def __call__(self, total_bytes: int, /, *done_bytes: int, current: str = "") -> None: ...
 
 
 class Display:
@@ -100,7 +109,7 @@ class Display:
         yield _no_update
 
 
-def _no_update(total_bytes: int, /, *done_bytes: int) -> None:
+def _no_update(total_bytes: int, /, *done_bytes: int, current: str = "") -> None:
     """Move nothing."""
 
 
@@ -120,7 +129,7 @@ class _Lines(Display):
         meters = [Meter(name) for name in names]
         last_s = time.monotonic()
 
-        def update(total_bytes: int, *done_bytes: int) -> None:
+        def update(total_bytes: int, /, *done_bytes: int, current: str = "") -> None:
             nonlocal last_s
             was_over = all(meter.fraction == 1 for meter in meters)
             for meter, done in zip(meters, done_bytes, strict=True):
@@ -129,7 +138,8 @@ class _Lines(Display):
             now_s = time.monotonic()
             if (is_over and not was_over) or (not is_over and now_s - last_s >= _LINE_S):
                 last_s = now_s
-                self._say(", ".join(map(_describe, meters)))
+                at = [f"at {current}"] if current and not is_over else []
+                self._say(", ".join([*map(_describe, meters), *at]))
 
         yield update
 
@@ -139,7 +149,8 @@ class _Lines(Display):
 
 def _describe(meter: Meter) -> str:
     amount = f"{format_bytes(meter.done_bytes)} of {format_bytes(meter.total_bytes)}"
-    return f"{meter.name} {amount} ({meter.fraction:.0%}), {format_rate(meter.bytes_per_s)}"
+    left = f", {meter.left}" if meter.left else ""
+    return f"{meter.name} {amount} ({meter.fraction:.0%}), {format_rate(meter.bytes_per_s)}{left}"
 
 
 class _Live(Display):
@@ -161,12 +172,14 @@ class _Live(Display):
     def meters(self, names: Sequence[str]) -> Generator[MeterUpdate, None, None]:
         meters = [Meter(name) for name in names]
         with self._live(Progress(*_columns(self._console.width), console=self._console)) as progress:
-            tasks = [progress.add_task(meter.name, total=None, meter=meter) for meter in meters]
+            tasks = [progress.add_task(meter.name, total=None, meter=meter, current="") for meter in meters]
 
-            def update(total_bytes: int, *done_bytes: int) -> None:
+            def update(total_bytes: int, /, *done_bytes: int, current: str = "") -> None:
                 for meter, task, done in zip(meters, tasks, done_bytes, strict=True):
                     meter.update(done, total_bytes)
                     progress.update(task, completed=done, total=total_bytes)
+                is_over = all(meter.fraction == 1 for meter in meters)
+                progress.update(tasks[-1], current="" if is_over else current)  # beside what is placed
 
             yield update
 
@@ -185,7 +198,7 @@ class _Live(Display):
 
 
 class _MeterColumn(ProgressColumn):
-    """A meter's amount or rate."""
+    """A meter's amount, its rate, or the time that it has left."""
 
     def __init__(self, what: str, width: int) -> None:
         super().__init__(Column(no_wrap=True, justify="right", min_width=width))
@@ -195,6 +208,8 @@ class _MeterColumn(ProgressColumn):
         meter: Meter = task.fields["meter"]
         if not meter.total_bytes:
             return Text("")
+        if self._what == "left":
+            return Text(meter.left, style="dim")
         if self._what == "rate":
             return Text(format_rate(meter.bytes_per_s))
         return Text(f"{format_bytes(meter.done_bytes)} of {format_bytes(meter.total_bytes)}", style="dim")
@@ -206,7 +221,11 @@ def _columns(width: int) -> list[ProgressColumn]:
     rate = _MeterColumn("rate", 9)
     if width < 64:
         return [name, BarColumn(bar_width=max(4, width - 20)), rate]
-    return [name, BarColumn(bar_width=min(40, width - 40)), _MeterColumn("amount", 16), rate]
+    amount, left = _MeterColumn("amount", 16), _MeterColumn("left", 9)
+    if width < 90:
+        return [name, BarColumn(bar_width=max(8, width - 50)), amount, rate, left]
+    current = TextColumn("[dim]{task.fields[current]}", table_column=Column(no_wrap=True, ratio=1, overflow="ellipsis"))
+    return [name, BarColumn(bar_width=24), amount, rate, left, current]
 
 
 def make_display(shutdown: Shutdown, *, quiet: bool) -> Display:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from weightstream.display import format_bytes, format_rate
 from weightstream.errors import shown
+from weightstream.why import explain
 
 if TYPE_CHECKING:
     from weightstream.prefetch.checkpoint import Checkpoint
@@ -102,6 +103,7 @@ def _facts(report: LoadReport, *, is_cache: bool) -> Iterable[tuple[str, str]]:
             )
     for sentence in report.fallbacks:
         yield "note", sentence
+    yield "why so long", explain(report)
 
 
 def print_phases(console: Console, report: LoadReport, title: str = "Where the time went") -> None:

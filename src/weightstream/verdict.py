@@ -14,6 +14,7 @@ from rich.console import Console
 from weightstream.display import format_bytes, format_rate
 from weightstream.scheduler.report import LoadReport
 from weightstream.summary import print_facts, print_phases, print_table, print_title
+from weightstream.why import explain
 
 __all__ = ["Findings", "Kind", "Row", "Sample", "print_findings"]
 
@@ -34,8 +35,6 @@ _NAMES: dict[Kind, str] = {
 _NEAR = 0.85
 #: Another setting is worth a word if it reads faster by this factor. A choice too.
 _BETTER = 1.1
-#: What took less of the time than this is not named beside what took most.
-_WORTH_A_WORD = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,20 +111,8 @@ class Findings:
 
     def bound(self, load: Row) -> str:
         """Say in a sentence or two what a load waited for most, and what could be changed."""
-        report = load.median.report
-        assert report is not None
-        phases = report.phases
-        waits = {
-            "reading": phases["disk"],
-            "copies": phases["copy"],
-            "work in Python": phases["preflight"] + phases["bind"] + phases["other"],
-        }
-        total = sum(waits.values()) or 1.0
-        most, *others = sorted(waits, key=lambda name: -waits[name])
-        also = [f"{waits[name] / total:.0%} for {name}" for name in others if waits[name] > _WORTH_A_WORD * total]
-        times = ", ".join([f"{waits[most] / total:.0%} of the time", *also])
-        advice = {"reading": self._reading, "copies": self._copying, "work in Python": _working}[most]
-        return f"It waited for {most} most: {times}. {advice(load)}"
+        assert load.median.report is not None
+        return explain(load.median.report, reading=self._reading(load))
 
     def _reading(self, load: Row) -> str:
         if self.share(load) >= _NEAR:
@@ -142,14 +129,6 @@ class Findings:
         if settings:
             return f"Raw reads were fastest as in `{best.name}`: try {' and '.join(settings)}."
         return f"Raw reads reach {format_rate(best.bytes_per_s)} with {_threads(best.num_threads or 1)}; no setting stands out."
-
-    def _copying(self, load: Row) -> str:
-        assert load.median.report is not None
-        if self.device == "cpu":
-            return "What is read past the page cache is copied to its place; `prefetch.io: buffered` reads it there."
-        if load.median.report.pinned_bytes:
-            return "Only fewer bytes, or another bus, would be faster."
-        return "They come from memory that is not page-locked: raise the limit for that (ulimit -l), if there is one."
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
@@ -168,14 +147,6 @@ class Findings:
         ]
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {**values, "rows": rows}
-
-
-def _working(load: Row) -> str:
-    assert load.median.report is not None
-    return (
-        f"It checks and places {load.median.report.num_tensors:,} tensors, which grows with their number and not with"
-        " their bytes; no setting changes it."
-    )
 
 
 def print_findings(console: Console, found: Findings) -> None:

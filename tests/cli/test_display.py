@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from weightstream import display
-from weightstream.display import Meter, format_bytes, format_rate, make_display
+from weightstream.display import Meter, Output, format_bytes, format_rate, make_display
 from weightstream.shutdown import Shutdown
 
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
@@ -80,18 +81,48 @@ def test_lines_come_once_a_second_and_at_the_end(time_: Time, capsys: pytest.Cap
     with shown.meters(["disk", "cuda:0"]) as update:
         for step in range(1, 11):
             time_.now_s = step * 0.25
-            update(1000, step * 100, step * 50)
+            update(1000, step * 100, step * 50, current="layers.3")
         time_.now_s = 2.6
         update(1000, 1000, 1000)
         update(1000, 1000, 1000)
     out, err = capsys.readouterr()
     assert out == ""
+    at = ", at layers.3"
+    first = f"weightstream: disk 400 B of 1.00 kB (40%), 400 B/s, 2 s left, cuda:0 200 B of 1.00 kB (20%), 200 B/s, 4 s left{at}"
+    second = f"weightstream: disk 800 B of 1.00 kB (80%), 400 B/s, 0 s left, cuda:0 400 B of 1.00 kB (40%), 200 B/s, 3 s left{at}"
     assert err.splitlines() == [
         "weightstream: thinking",
-        "weightstream: disk 400 B of 1.00 kB (40%), 400 B/s, cuda:0 200 B of 1.00 kB (20%), 200 B/s",
-        "weightstream: disk 800 B of 1.00 kB (80%), 400 B/s, cuda:0 400 B of 1.00 kB (40%), 200 B/s",
+        first,
+        second,
         "weightstream: disk 1.00 kB of 1.00 kB (100%), 400 B/s, cuda:0 1.00 kB of 1.00 kB (100%), 385 B/s",
     ]
+
+
+def test_long_times_are_told_in_minutes(time_: Time) -> None:
+    meter = Meter("disk")
+    assert meter.left == ""
+    time_.now_s = 1.0
+    meter.update(100, 100_000)
+    assert meter.left == "17 min left"
+    meter.update(100_000, 100_000)
+    assert meter.left == ""
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_bars_tell_rate_time_left_and_module_in_one_line_each(width: int, time_: Time) -> None:
+    console = Output(file=io.StringIO(), width=width, force_terminal=True, color_system=None, record=True)
+    with display._Live(console, Shutdown()).meters(["disk", "cuda:0"]) as update:
+        update(10**9, 0, 0)
+        time_.now_s = 1.0
+        update(10**9, 4 * 10**8, 2 * 10**8, current="model.layers.17.mlp")
+    drawn = console.export_text()  # every state, one after the other
+    disk, device = (line.rstrip() for line in drawn[drawn.rindex("disk ") :].rstrip().splitlines())
+    assert disk.startswith("disk ")
+    assert device.startswith("cuda:0 ")
+    assert "400 MB/s" in disk
+    assert ("4 s left" in device) == (width >= 64)
+    assert ("model.layers.17.mlp" in device) == (width >= 90)
+    assert max(len(disk), len(device)) <= width
 
 
 def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:

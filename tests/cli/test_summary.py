@@ -10,6 +10,7 @@ from rich.console import Console
 
 from weightstream.scheduler.report import LoadReport
 from weightstream.summary import print_facts, print_report, shell_path
+from weightstream.why import explain
 
 REPORT = LoadReport(
     checkpoint="/models/some/model.safetensors.index.json",
@@ -57,6 +58,7 @@ def test_everything_that_matters_is_said() -> None:
         "  retries       2 reads were repeated",
         "  unexpected    7 tensors: extra.0, extra.1, extra.2, extra.3, extra.4, ...",
         "  note          direct I/O refused by the file system: buffered reads used instead",
+        f"  why so long   {explain(REPORT)}",
         "",
         "Where the time went",
         f"  preflight     {'█' * 2:<36}   0.400 s   5.0%",

@@ -16,7 +16,7 @@ from tests.models import SmallNet, tensors_of
 from weightstream.api import load_sync
 from weightstream.config import LoaderConfig
 from weightstream.errors import ReadError
-from weightstream.scheduler.report import Progress
+from weightstream.scheduler.report import Progress, State
 
 
 @pytest.fixture
@@ -90,6 +90,21 @@ async def test_progress_of_a_stream(rig: Rig, path: Path) -> None:
         assert [name async for name, _ in stream]
         report = await stream.report()
         assert stream.progress.bytes_placed == report.num_bytes
+
+
+async def test_module_and_time_left_are_told(rig: Rig, path: Path) -> None:
+    async with rig.loader(workers=1) as loader:
+        handle = await loader.start(on_meta(), path)
+        await handle.wait()
+        assert handle.progress.current_module in dict(on_meta().named_modules())
+        assert handle.progress.eta_s == 0.0
+
+
+@pytest.mark.parametrize(
+    ("placed", "state", "eta_s"), [(0, "loading", None), (25, "loading", 6.0), (100, "done", 0.0), (0, "done", 0.0)]
+)
+def test_time_left_goes_on_at_the_average_rate(placed: int, state: State, eta_s: float | None) -> None:
+    assert Progress(state, placed, placed, 100, 0, 1, 2.0).eta_s == eta_s
 
 
 async def test_callback_sees_what_events_yield(rig: Rig, path: Path) -> None:
