@@ -78,6 +78,14 @@ def test_class_may_be_the_model_s_own_or_left_out(family: str, tmp_path: Path) -
         assert_equal(model, expected)
 
 
+@pytest.mark.parametrize("strategy", ["stream", "preload", "direct", "map"])
+@pytest.mark.parametrize("family", ["t5", "qwen3-moe"])
+def test_every_strategy_gives_the_same_model(family: str, strategy: str, tmp_path: Path) -> None:
+    kind = save_small(family, tmp_path, dtype=torch.bfloat16)
+    config = CPU.model_copy(update={"strategy": strategy})
+    assert_equal(from_pretrained(tmp_path, config=config), kind.from_pretrained(tmp_path))
+
+
 @pytest.mark.parametrize("family", ["t5", "mixtral"])
 def test_dtype_is_the_one_asked_for(family: str, tmp_path: Path) -> None:
     """T5 keeps some parameters in float32 all the same."""
