@@ -5,12 +5,15 @@ Owns the shards' descriptors while a load runs. Changes nothing.
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from weightstream.errors import CheckpointError, IntegrityError, UnsupportedFormatError
+from weightstream.prefetch.attempts import ONCE, Attempts
 from weightstream.prefetch.finding import find_checkpoint, refuse_rivals
 from weightstream.prefetch.hashing import FileHash
 from weightstream.prefetch.header import TensorSpec, read_header
@@ -105,6 +108,7 @@ def open_checkpoint(
     variant: str | None = None,
     allow_outside_links: bool = False,
     hashes: bool = False,
+    attempts: Attempts = ONCE,
 ) -> Checkpoint:
     """Open a checkpoint: every shard, every header, and the agreement of both with the index.
 
@@ -116,6 +120,7 @@ def open_checkpoint(
         allow_outside_links: accept shards that are links to outside the checkpoint's folder. A single file that is
             named by its own path may always be one.
         hashes: begin to hash every shard. What is hashed of a header are the very bytes that are parsed.
+        attempts: says how often a file is opened and read again after an error that may pass.
 
     Raises:
         CheckpointError: not a checkpoint, several, an index that is not valid, or a file that may not be opened.
@@ -126,14 +131,13 @@ def open_checkpoint(
         UnsupportedFormatError: another format, or an unknown dtype.
         ReadError: the operating system refused to open or read a file.
     """
-    found = find_checkpoint(path, variant=variant)
+    found = attempts.call(lambda: find_checkpoint(path, variant=variant), path)
     listed_in = found.path
     root = Path(os.path.realpath(listed_in.parent))
     weight_map: dict[str, str] | None = None
     if listed_in.name.endswith(".json"):
-        weight_map = read_index(
-            listed_in, resolve(root, listed_in, allow_outside_links=allow_outside_links or found.named)
-        )
+        index = resolve(root, listed_in, allow_outside_links=allow_outside_links or found.named)
+        weight_map = attempts.call(lambda: read_index(listed_in, index), listed_in)
     names = [listed_in.name] if weight_map is None else list(dict.fromkeys(weight_map.values()))
     rivals = [name for name in found.rivals if name not in names]
     if rivals:
@@ -141,14 +145,16 @@ def open_checkpoint(
     anywhere = allow_outside_links or (weight_map is None and found.named)
     shards: list[Shard] = []
     headers: list[list[TensorSpec]] = []
-    begun = [FileHash() for _ in names] if hashes else []
+    begun: list[FileHash] = []
     files: dict[tuple[int, ...], str] = {}
     try:
         for number, name in enumerate(names):
-            shard = open_shard(root, name, listed_in, allow_outside_links=anywhere)
+            opens = functools.partial(open_shard, root, name, listed_in, allow_outside_links=anywhere)
+            opened = functools.partial(_open, opens, name, number, files, hashes=hashes)
+            shard, header, hashed = attempts.call(opened, root / name)
             shards.append(shard)
-            _check_new(shard, name, files)
-            headers.append(_read_tensors(shard, number, begun[number] if hashes else None))
+            headers.append(header)
+            begun += [] if hashed is None else [hashed]
         tensors = {spec.name: spec for header in headers for spec in header}
         if weight_map is not None:
             check_index(listed_in, weight_map, tensors, dict(zip(names, headers, strict=True)))
@@ -157,6 +163,23 @@ def open_checkpoint(
             os.close(shard.fd)
         raise
     return Checkpoint(listed_in, tuple(shards), tensors, found.notes, tuple(begun))
+
+
+def _open(
+    opens: Callable[[], Shard], name: str, number: int, files: dict[tuple[int, ...], str], *, hashes: bool
+) -> tuple[Shard, list[TensorSpec], FileHash | None]:
+    """Open one shard, read its header, and begin its hash, if there is to be one.
+
+    `files`: the identities of those that are open, with their names.
+    """
+    shard = opens()
+    try:
+        _check_new(shard, name, files)
+        hashed = FileHash() if hashes else None
+        return shard, _read_tensors(shard, number, hashed), hashed
+    except BaseException:
+        os.close(shard.fd)
+        raise
 
 
 def _read_tensors(shard: Shard, number: int, begun: FileHash | None) -> list[TensorSpec]:

@@ -75,8 +75,13 @@ class PrefetchConfig(BaseModel):
         default=3,
         ge=0,
         le=100,
-        description="How often one chunk's read is repeated after EIO, ESTALE, EAGAIN or ETIMEDOUT, with growing "
-        "pauses, before the load fails.",
+        description="How often the read of one chunk, or the opening of one file, is repeated after EIO, ESTALE, EAGAIN "
+        "or ETIMEDOUT, with pauses that grow to 2 s, before the load fails.",
+    )
+    stall_s: Annotated[float, Field(gt=0, le=366 * 24 * 3600, allow_inf_nan=False)] | None = Field(
+        default=300.0,
+        description="Seconds after which a read, or an attempt to open a file, that has not returned is given up and the "
+        "load fails with LoadTimeoutError. Its slot is lost to this Loader, which goes on working. null: never.",
     )
     variant: Annotated[str, Field(pattern=r"^\w+$")] | None = Field(
         default=None,

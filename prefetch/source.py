@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from weightstream.errors import ReadError
+from weightstream.prefetch.attempts import Attempts
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.memory import PAGE_BYTES
 from weightstream.prefetch.residency import resident_shares
-from weightstream.ranks import ranked_logger
 
 __all__ = ["ByteRange", "FileSource", "Source"]
-
-logger = ranked_logger(__name__)
 
 #: The kernel takes at most this many buffers in one call (IOV_MAX).
 _MAX_BUFFERS = 1024
 
 _DIRECT_REFUSED = "direct I/O refused by the file system: buffered reads used instead"
-
-_TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +76,7 @@ class FileSource:
         on_fallback: Callable[[str], None],
     ) -> None:
         self._shards = checkpoint.shards
-        self._retries = config.retries
-        self._pause = pause
-        self._on_retry = on_retry
+        self._attempts = Attempts(config.retries, pause=pause, on_retry=on_retry)
         self._on_fallback = on_fallback
         self._lock = threading.Lock()
         self._wants_direct = config.io == "direct"
@@ -166,24 +159,20 @@ class FileSource:
 
     def _preadv(self, shard: int, fd: int, buffers: list[memoryview], position: int) -> int:
         """Read once, repeating after errors that may pass. EINVAL is left to the caller: direct I/O says it so."""
-        attempt = 0
+        number = 0
         while True:
             try:
                 return os.preadv(fd, buffers, position)
             except OSError as exc:
                 if exc.errno == errno.EINVAL and fd != self._shards[shard].fd:
                     raise
-                if exc.errno in _TRANSIENT and attempt < self._retries:
-                    attempt += 1
-                    logger.debug("read of %s at %d failed (%s), retry %d", self._name(shard), position, exc, attempt)
-                    self._on_retry()
-                    if self._pause(0.02 * 2**attempt * random.uniform(0.5, 1.5)):  # noqa: S311 (jitter, not a secret)
-                        continue
-                raise ReadError(
-                    f"cannot read: {exc.strerror} (errno {exc.errno})",
-                    file=self._name(shard),
-                    actual=f"offset {position}, after {attempt} retries",
-                ) from exc
+                if not self._attempts.once_more(exc, number, self._name(shard)):
+                    raise ReadError(
+                        f"cannot read: {exc.strerror} (errno {exc.errno})",
+                        file=self._name(shard),
+                        actual=f"offset {position}, after {number} retries",
+                    ) from exc
+            number += 1
 
     def _open_direct(self) -> None:
         """Open the same inodes once more, with O_DIRECT, where the file system lets us."""

@@ -33,8 +33,8 @@ class SchedulerConfig(BaseModel):
     )
     timeout_s: Annotated[float, Field(gt=0, le=366 * 24 * 3600, allow_inf_nan=False)] | None = Field(
         default=None,
-        description="Seconds (a year at most) after which a load fails with LoadTimeoutError, counted from its start. They cover reading "
-        "and copying: the preflight and modules that load themselves are not interrupted. null: never.",
+        description="Seconds (a year at most) after which a load fails with LoadTimeoutError, counted from its start. "
+        "They cover the preflight, reading and copying: modules that load themselves are not interrupted. null: never.",
     )
 
 

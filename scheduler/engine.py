@@ -195,6 +195,11 @@ class Engine:
                     hint="Raise prefetch.host_memory, or lower prefetch.chunk",
                 )
             self._num_ring_users += 1
+        if found.num_written_off and found.num_slots - found.num_written_off < num_slots:
+            on_fallback(
+                f"{found.num_written_off} of {found.num_slots} slots are lost to reads that have not returned, so fewer"
+                " reads go on at a time"
+            )
         self._pin_or_settle(segments, backend, on_fallback)
         return self.ring
 

@@ -88,7 +88,10 @@ class Flow:
         self.bytes_read = 0
         self.bytes_placed = 0
         self._plan = plan
-        self._source, self._tuner, self._resident, self._widen, self._eviction = reading
+        self._source, self._tuner = reading.source, reading.tuner
+        self._resident, self._widen = reading.resident, reading.widen
+        self._eviction = reading.eviction
+        self._paths, self._stall_s = reading.paths, reading.stall_s
         self._stage = stage
         self._ring = ring
         self._clock = clock
@@ -103,13 +106,15 @@ class Flow:
         self._unplaced = len(plan.chunks)
         self._fills: dict[int, _Fill] = {}
         self._next_part_of: _Fill | None = None
-        self._num_reading = 0
+        #: Reads in progress, in the order in which they began: the shard, where, and since when.
+        self._reads: dict[object, tuple[int, int, float]] = {}
         self._filled: deque[Filled] = deque()
         self._unused: list[Slot] = []
         self._copies: deque[tuple[Filled, Event]] = deque()
         self._placed: list[Chunk] = []
         self._error: BaseException | None = None
         self._drained = False
+        self._on_return: Callable[[], None] = lambda: None
         self._reclaimer: Thread | None = None
         self._num_hashing = 0
         self._hashers: list[Thread] = []
@@ -119,7 +124,7 @@ class Flow:
     def take(self) -> Callable[[], None] | None:
         """Grant the next part of a chunk, if its turn has come; see `prefetch.readers.ReadQueue`."""
         with self._condition:
-            if self._error is not None or self._num_reading >= self._tuner.setting.workers:
+            if self._error is not None or len(self._reads) >= self._tuner.setting.workers:
                 return None
             fill = self._next_part_of or self._open_next()
             if fill is None:
@@ -128,10 +133,11 @@ class Flow:
             fill.position = end
             fill.num_reading += 1
             self._next_part_of = fill if end < fill.chunk.source.end else None
-            self._num_reading += 1
+            read = object()
+            self._reads[read] = fill.chunk.source.shard, begin, self._clock.now()
             self._ledger.change(reading=1)
             number = self._tuner.begin() if fill.tuned else None
-        return lambda: self._read(fill, begin, end, number)
+        return lambda: self._read(read, fill, begin, end, number)
 
     def _open_next(self) -> _Fill | None:
         if self._next == len(self._plan.chunks):
@@ -162,7 +168,7 @@ class Flow:
         cut = (fill.position + read_bytes) // PAGE_BYTES * PAGE_BYTES
         return cut if end - cut >= read_bytes // 4 else end
 
-    def _read(self, fill: _Fill, begin: int, end: int, number: int | None) -> None:
+    def _read(self, read: object, fill: _Fill, begin: int, end: int, number: int | None) -> None:
         error: BaseException | None = None
         began_s = self._clock.now()
         copy_s: float | None = None
@@ -176,9 +182,10 @@ class Flow:
             self._note_part(fill, end - begin, began_s, copy_s, ended_s)
         with self._condition:
             if fill.given_up:  # by `drain`: the slot is written off, nobody waits
+                self._on_return()
                 return
-            busy = self._num_reading >= self._tuner.setting.workers
-            self._num_reading -= 1
+            busy = len(self._reads) >= self._tuner.setting.workers
+            del self._reads[read]
             fill.num_reading -= 1
             self._error = self._error or error
             was_filled = len(self._filled)
@@ -295,7 +302,7 @@ class Flow:
             None when every chunk has been placed.
 
         Raises:
-            LoadTimeoutError: the deadline, on the load's clock, has passed.
+            LoadTimeoutError: the deadline, on the load's clock, has passed, or a read has not returned for too long.
             BaseException: whatever stopped the load.
         """
         with self._condition:
@@ -317,15 +324,34 @@ class Flow:
                 self._wait(deadline, timeout_s)
 
     def _wait(self, deadline: float | None, timeout_s: float | None) -> None:
-        remaining = None if deadline is None else deadline - self._clock.now()
-        if remaining is not None and remaining <= 0:
-            raise LoadTimeoutError(
-                "the load took too long",
-                expected=f"at most {timeout_s:g} s",
-                actual=f"{self.bytes_placed} of {self._plan.total_bytes} bytes placed",
-                hint="Raise scheduler.timeout_s, or look at the report's phases for what is slow",
-            )
-        self._condition.wait(remaining)
+        """Wait for a change, or raise if a limit has been passed. The lock is held."""
+        self._condition.wait(self._left_s(deadline, timeout_s))
+
+    def _left_s(self, deadline: float | None, timeout_s: float | None) -> float | None:
+        """Return after how many seconds a limit may have been passed, or raise if one has."""
+        now = self._clock.now()
+        limits: list[float] = []
+        if deadline is not None:
+            limits.append(deadline - now)
+            if limits[-1] <= 0:
+                raise LoadTimeoutError(
+                    "the load took too long",
+                    expected=f"at most {timeout_s:g} s",
+                    actual=f"{self.bytes_placed} of {self._plan.total_bytes} bytes placed",
+                    hint="Raise scheduler.timeout_s, or look at the report's phases for what is slow",
+                )
+        if self._stall_s is not None:
+            shard, offset, began_s = next(iter(self._reads.values()), (0, 0, now))  # one that begins now has all of it
+            limits.append(began_s + self._stall_s - now)
+            if limits[-1] <= 0:
+                raise LoadTimeoutError(
+                    "a read does not return",
+                    file=self._paths[shard],
+                    expected=f"at most {self._stall_s:g} s",
+                    actual=f"no answer to the read at offset {offset} for {now - began_s:.3g} s",
+                    hint="It is given up, and its slot with it. Look at the file system, or raise prefetch.stall_s",
+                )
+        return min(limits, default=None)
 
     def submitted(self, filled: Filled, event: Event | None) -> None:
         """Note that a filled chunk's copies are on their way (or done, without an event)."""
@@ -372,29 +398,34 @@ class Flow:
                 self._condition.wait(left)
             return self._error is None
 
-    def drain(self, grace_s: float) -> int:
+    def drain(self, grace_s: float, *, on_return: Callable[[], None] = lambda: None) -> int:
         """Wait until no reader and no copy of this load is at work, and give back every slot it still has.
 
         A read that has not returned after `grace_s` seconds hangs in the kernel: its slot is written off and its
         buffers, which it keeps alive, are never looked at again. Copies are waited for as long as they take: their
         source and destination must not be reused.
 
+        Args:
+            grace_s: how long reads are waited for.
+            on_return: called, on its thread, for each read that was given up and returns after all.
+
         Returns:
             The number of reads given up.
         """
         until = self._clock.now() + grace_s
         with self._condition:
-            while (self._num_reading or self._num_hashing) and (left := until - self._clock.now()) > 0:
+            while (self._reads or self._num_hashing) and (left := until - self._clock.now()) > 0:
                 self._condition.wait(left)
             hashers = [] if self._num_hashing else self._hashers  # a page of a mapped file may never come
-            num_stuck = self._num_reading
+            num_stuck = len(self._reads)
+            self._on_return = on_return
             stuck: list[Slot] = []
             for fill in self._fills.values():  # a chunk of which no part is being read has its slot to give back
                 fill.given_up = fill.num_reading > 0
                 if fill.slot is not None:
                     (stuck if fill.given_up else self._unused).append(fill.slot)
             self._fills.clear()
-            self._num_reading = 0
+            self._reads.clear()
             self._ledger.change(reading=-num_stuck)
             while self._copies:
                 self._condition.wait()

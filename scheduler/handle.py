@@ -24,9 +24,6 @@ T = TypeVar("T")
 #: Events at most this often: twenty a second is more than anybody can read.
 _EVENT_INTERVAL_S = 0.05
 
-#: How often a wait that nothing can cancel asks whether it is in vain.
-_ASK_AGAIN_S = 0.5
-
 #: Up to so many names are looked through on the event loop's own thread: half a millisecond's work.
 _FEW_NAMES = 5000
 
@@ -46,26 +43,19 @@ async def outlast(future: Future[T], *, timeout_s: float | None = None) -> None:
             waiter.exception()
 
 
-async def insist(future: Future[T], *, give_up: Callable[[], bool] = lambda: False) -> None:
+async def insist(future: Future[T]) -> None:
     """Wait until a future of another thread is done, however often the waiting task is cancelled meanwhile.
 
     anyio's shield keeps the cancellation of scopes away, but not `Task.cancel`, which servers and `asyncio.timeout` use:
     that is remembered, and raised at the end.
-
-    Args:
-        future: what to wait for.
-        give_up: asked twice a second whether the wait is in vain.
     """
     cancelled: asyncio.CancelledError | None = None
     with anyio.CancelScope(shield=True):
         while not future.done():
             try:
-                await outlast(future, timeout_s=_ASK_AGAIN_S)
+                await outlast(future)
             except asyncio.CancelledError as error:
                 cancelled = error
-            else:
-                if not future.done() and give_up():
-                    break
     if cancelled is not None:
         raise cancelled
 
@@ -91,14 +81,10 @@ def in_own_thread(action: Callable[[], T]) -> tuple[Future[T], threading.Thread]
 
 
 async def stop_and_settle(job: Job) -> None:
-    """Stop a job and wait until it has cleaned up, whatever happens to the waiting task meanwhile.
-
-    One that hangs in a file system during its preflight has changed nothing, and its thread ends by itself.
-    """
+    """Stop a job and wait until it has cleaned up, whatever happens to the waiting task meanwhile."""
     job.stop()
-    await insist(job.finished, give_up=lambda: job.progress().state == "preflight")
-    if job.finished.done():
-        job.finished.exception()
+    await insist(job.finished)
+    job.finished.exception()
 
 
 class LoadHandle:

@@ -11,9 +11,10 @@ futures resolve.
 
 from __future__ import annotations
 
+import functools
 import os
 import traceback
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 
@@ -23,10 +24,14 @@ from weightstream.device.backend import Backend
 from weightstream.device.placement import Place
 from weightstream.device.stage import DeviceStage
 from weightstream.errors import LoadCancelledError, MemoryBudgetError, WeightstreamError
+from weightstream.prefetch.attempts import Attempts
 from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
+from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.memory import Peak
+from weightstream.prefetch.source import Source
 from weightstream.ranks import find_ranks, ranked_logger
 from weightstream.scheduler.engine import Engine
+from weightstream.scheduler.files import Files
 from weightstream.scheduler.flow import Filled, Flow
 from weightstream.scheduler.interpreter import no_garbage_collection, quick_thread_switches
 from weightstream.scheduler.ledger import Ledger
@@ -87,6 +92,9 @@ class Job:
         self._ledger = Ledger(engine.clock.now, recorder)
         self._begin = engine.clock.now()
         self._state: State = "preflight"
+        timeout_s = engine.config.scheduler.timeout_s
+        self._deadline = None if timeout_s is None else self._begin + timeout_s
+        self._files: Files | None = None
         self._flow: Flow | None = None
         self._last_counts = (0, 0)
         self._total_bytes = 0
@@ -101,9 +109,9 @@ class Job:
     def stop(self, error: BaseException | None = None) -> None:
         """Ask the load to end, from any thread, without waiting. A load that has ended takes no notice."""
         self._stop = self._stop or error or LoadCancelledError("the load was cancelled")
-        flow = self._flow
-        if flow is not None:
-            flow.stop(self._stop)
+        for waiting in (self._files, self._flow):
+            if waiting is not None:
+                waiting.stop(self._stop)
 
     def progress(self) -> Progress:
         """Return a snapshot, from any thread."""
@@ -145,7 +153,7 @@ class Job:
             # can raise it, it collects frames of theirs, and to clear a coroutine's is to end it.
             traceback.clear_frames(error.__traceback__)
         self.progress()  # the last counts outlive the flow
-        self._flow = None
+        self._flow = self._files = None
         self._sink = None  # it refers to the model: who keeps a handle must not keep the model's old tensors alive
         self._state = "failed" if report is None else "done"
         sink.end(error)
@@ -165,22 +173,15 @@ class Job:
     def _load(self, sink: Sink, peak: Peak) -> LoadReport:
         engine = self._engine
         with ExitStack() as stack:
-            config = engine.config.prefetch
-            checkpoint = open_checkpoint(
-                self._path,
-                variant=config.variant,
-                allow_outside_links=config.allow_outside_links,
-                hashes=config.verify == "sha256",
+            files = self._files = Files(
+                engine.clock,
+                stall_s=engine.config.prefetch.stall_s,
+                timeout_s=engine.config.scheduler.timeout_s,
+                deadline=self._deadline,
             )
-            stack.callback(checkpoint.close)
-            source = engine.machine.open_source(
-                checkpoint,
-                sink.prefetch_config,
-                pause=self._pause,
-                on_retry=self._count_retry,
-                on_fallback=self.fall_back,
-            )
-            stack.callback(source.close)
+            stack.callback(files.close)
+            self._check_stop()  # asked before there were files to stop at
+            checkpoint, source = files.call(functools.partial(self._open, files, sink.prefetch_config))
             with no_garbage_collection():
                 prepared = sink.prepare(checkpoint)
                 self.readiness.expect(prepared.placement.names, prepared.placement.prefixes)
@@ -192,12 +193,12 @@ class Job:
                 self.fall_back(_NOT_ALL_ATOMIC)
             self._total_bytes = prepared.plan.total_bytes
             if self._ledger.recorder is not None:
-                device, files = _device_name(prepared.backend), [shard.path.name for shard in checkpoint.shards]
-                self._ledger.recorder.describe(str(checkpoint.path), device, files)
+                device, names = _device_name(prepared.backend), [shard.path.name for shard in checkpoint.shards]
+                self._ledger.recorder.describe(str(checkpoint.path), device, names)
             pipeline = Pipeline.open(
                 engine,
-                checkpoint,
-                source,
+                files,
+                (checkpoint, source),
                 sink,
                 prepared,
                 stream=self._streams.get(prepared.backend.device),
@@ -210,10 +211,11 @@ class Job:
             sink.open(prepared, pipeline.stage)
             self.started.set_result(None)
             try:
-                self._pump(sink, pipeline, checkpoint if prepared.decision.strategy == "preload" else None)
+                check = functools.partial(files.call, checkpoint.check_unchanged)
+                self._pump(sink, pipeline, check if prepared.decision.strategy == "preload" else None)
                 self._ledger.enter("bind")
                 self._state = "finishing"
-                checkpoint.check_unchanged()
+                check()
                 if pipeline.verification is not None:
                     pipeline.verification.check_complete()
                 with self._placing():
@@ -226,13 +228,29 @@ class Job:
             pipeline.remember(checkpoint)
             return self._report(checkpoint, prepared, pipeline, peak)
 
-    def _pump(self, sink: Sink, pipeline: Pipeline, preloaded: Checkpoint | None) -> None:
+    def _open(self, files: Files, config: PrefetchConfig) -> tuple[Checkpoint, Source]:
+        """Open a checkpoint, and the source of its bytes. On the thread of `files`, which closes both."""
+        attempts = Attempts(config.retries, pause=files.pause, on_retry=self._count_retry, on_begin=files.begin)
+        checkpoint = open_checkpoint(
+            self._path,
+            variant=config.variant,
+            allow_outside_links=config.allow_outside_links,
+            hashes=config.verify == "sha256",
+            attempts=attempts,
+        )
+        files.opened.callback(checkpoint.close)
+        source = self._engine.machine.open_source(
+            checkpoint, config, pause=self._pause, on_retry=self._count_retry, on_fallback=self.fall_back
+        )
+        files.opened.callback(source.close)
+        return checkpoint, source
+
+    def _pump(self, sink: Sink, pipeline: Pipeline, check: Callable[[], None] | None) -> None:
         """Submit what is filled and place what is copied, until everything is placed; leave nothing at work.
 
-        With a checkpoint to preload, nothing in the model changes before all of it has been read, and is what it was.
+        With a `check`, nothing in the model changes before everything has been read and that has been called.
         """
         timeout_s = self._engine.config.scheduler.timeout_s
-        deadline = None if timeout_s is None else self._begin + timeout_s
         plan, stage, flow = pipeline.plan, pipeline.stage, pipeline.flow
         # Places without bytes are taken below, and not once more with the chunk around them.
         parts = {**plan.parts, **dict.fromkeys(plan.empty, -1)}
@@ -240,19 +258,19 @@ class Job:
         try:
             stage.open()
             flow.enter("bind")
-            if preloaded is not None:
+            if check is not None:
                 flow.enter("disk")
                 pipeline.start()
-                flow.wait_until_read(deadline, timeout_s)
-                preloaded.check_unchanged()
+                flow.wait_until_read(self._deadline, timeout_s)
+                check()
                 flow.enter("bind")
             self.readiness.mark(sink.take(list(plan.empty)))
             pipeline.start_prefault()
             self._bind_given(sink, flow, plan)
             flow.enter("pipeline")
-            if preloaded is None:
+            if check is None:
                 pipeline.start()
-            while (step := flow.next(deadline, timeout_s)) is not None:
+            while (step := flow.next(self._deadline, timeout_s)) is not None:
                 if isinstance(step, Filled):
                     _submit(step, stage, flow)
                     continue

@@ -16,6 +16,7 @@ from weightstream.prefetch.ring import Ring
 from weightstream.prefetch.source import Source
 from weightstream.prefetch.tuner import Tuner
 from weightstream.scheduler.engine import Engine
+from weightstream.scheduler.files import GRACE_S, Files
 from weightstream.scheduler.flow import Flow
 from weightstream.scheduler.ledger import Ledger
 from weightstream.scheduler.plan import LoadPlan
@@ -24,10 +25,6 @@ from weightstream.scheduler.sinks import Prepared, Sink
 from weightstream.scheduler.verification import Verification
 
 __all__ = ["BlockAccount", "Pipeline"]
-
-#: How long a load that was stopped waits for a read in hand before it gives the read up. Not measured: an ordinary
-#: read of one chunk takes milliseconds, and Ctrl-C should end a program within a second.
-_GRACE_S = 0.5
 
 _RESIDENCY_UNKNOWN = (
     "what is in the page cache is unknown, because the files belong to somebody else: found out by measuring"
@@ -59,6 +56,7 @@ class Pipeline:
     verification: Verification[Any] | None
     _ring: Ring | None
     _engine: Engine
+    _files: Files
     _resources: ExitStack
     _fall_back: Callable[[str], None]
 
@@ -66,8 +64,8 @@ class Pipeline:
     def open(
         cls,
         engine: Engine,
-        checkpoint: Checkpoint,
-        source: Source,
+        files: Files,
+        opened: tuple[Checkpoint, Source],
         sink: Sink,
         prepared: Prepared,
         *,
@@ -79,8 +77,8 @@ class Pipeline:
 
         Args:
             engine: whose threads and memory it uses.
-            checkpoint: what is loaded.
-            source: where its bytes come from.
+            files: whatever may hang in a file system is done through these.
+            opened: what is loaded, and where its bytes come from.
             sink: where they go in the end.
             prepared: what is read, to where, and how.
             stream: the user's stream on the device.
@@ -91,16 +89,19 @@ class Pipeline:
             MemoryBudgetError: there is not enough memory.
             ReadError: files cannot be mapped.
             IntegrityError: nobody says what the digest of a file should be that is to be verified.
+            LoadTimeoutError: the file system does not answer.
         """
         config = sink.prefetch_config
         backend, plan, strategy = prepared.backend, prepared.plan, prepared.decision.strategy
         if strategy == "direct" and config.io == "auto":  # a slot of the size of a tensor has no room for whole pages
             config = config.model_copy(update={"io": "buffered"})
+        checkpoint, source = opened
         with ExitStack() as stack:
             verification: Verification[Any] | None = None
             if checkpoint.hashes:
-                verification = Verification(checkpoint, plan, allow_outside_links=config.allow_outside_links)
-            found = look_at_cache(plan, source, config)
+                outside = config.allow_outside_links
+                verification = files.call(lambda: Verification(checkpoint, plan, allow_outside_links=outside))
+            found = files.call(lambda: look_at_cache(plan, source, config))
             if found.unknown:
                 fall_back(_RESIDENCY_UNKNOWN)
             ring = engine.prepare_memory(
@@ -128,17 +129,18 @@ class Pipeline:
             engine.readers.widen(tuner.setting.workers)
             blocks = BlockAccount(engine, backend, delivered=sink.delivers)
             stack.callback(blocks.close)
-            prefault, given = _map(checkpoint, plan)
+            prefault, given = files.call(lambda: _map(checkpoint, plan)) if plan.layout.num_given else (None, [])
             stage = DeviceStage(backend, plan.layout, stream=stream, on_block=blocks.change, given=given)
             stack.callback(stage.close)
             eviction = make_eviction(checkpoint, plan, found, config)
             if eviction is not None:
                 stack.callback(eviction.finish)
-            reading = Reading(source, tuner, found.resident, engine.readers.widen, eviction)
+            paths = [shard.path for shard in checkpoint.shards]
+            reading = Reading(source, tuner, found.resident, engine.readers.widen, eviction, paths, config.stall_s)
             flow = Flow(plan, reading, stage, ring or engine.ring, engine.clock, ledger, sink.admit, verification)
             return cls(
                 *(plan, found, tuner, blocks, stage, flow, prefault, verification),
-                *(ring, engine, stack.pop_all(), fall_back),
+                *(ring, engine, files, stack.pop_all(), fall_back),
             )
 
     def start(self) -> None:
@@ -153,8 +155,9 @@ class Pipeline:
     def drain(self) -> None:
         """Wait until no reader and no copy is at work. The flow must have ended, or have been stopped."""
         self._engine.readers.detach(self.flow)
-        stuck = self.flow.drain(_GRACE_S)
+        stuck = self.flow.drain(GRACE_S, on_return=lambda: self._files.keep_open(-1))
         if stuck:
+            self._files.keep_open(stuck)
             self._engine.readers.replace_stuck(stuck)
             self._fall_back(f"{stuck} reads did not return and were given up; their slots are lost to this Loader")
 
@@ -222,10 +225,8 @@ class BlockAccount:
             self._account.release(self._held)
 
 
-def _map(checkpoint: Checkpoint, plan: LoadPlan) -> tuple[Prefault | None, list[memoryview]]:
-    """Map the shards, if the plan says so; return what brings them in, and their bytes."""
-    if not plan.layout.num_given:
-        return None, []
+def _map(checkpoint: Checkpoint, plan: LoadPlan) -> tuple[Prefault, list[memoryview]]:
+    """Map the shards; return what brings them in, and their bytes."""
     try:
         mappings = [map_shard(shard) for shard in checkpoint.shards]
     except OSError as exc:

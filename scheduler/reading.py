@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from weightstream.prefetch.checkpoint import Checkpoint
@@ -27,6 +28,8 @@ class Reading(NamedTuple):
         resident: for each chunk, whether it is read from the page cache, as it is there already.
         widen: told, on a reader thread, how many readers there should be from now on.
         eviction: takes what was read from storage out of the page cache again; None: it stays.
+        paths: of the shards, for messages.
+        stall_s: how long one read may take before it is given up; None: for ever.
     """
 
     source: Source
@@ -34,6 +37,8 @@ class Reading(NamedTuple):
     resident: Sequence[bool]
     widen: Callable[[int], None]
     eviction: Eviction | None = None
+    paths: Sequence[Path] = ()
+    stall_s: float | None = None
 
 
 class Residency(NamedTuple):

@@ -69,12 +69,16 @@ class Rig:
         num_slots: int | None = None,
         workers: int | Literal["auto"] = 2,
         host_memory: int | None = None,
+        stall_s: float | None = None,
         scheduler: dict[str, Any] | None = None,
         strategy: str = "auto",
         verify: str = "none",
         **device: Any,
     ) -> Loader:
-        """Make a loader. `num_slots`: the ring has room for no more; `device`: settings of that section."""
+        """Make a loader. `num_slots`: the ring has room for no more; `device`: settings of that section.
+
+        `stall_s`: not the default, or virtual time would go on to it whenever a read waits at a gate.
+        """
         if num_slots is not None:
             host_memory = num_slots * slot_bytes_for(chunk)
         prefetch: dict[str, Any] = {
@@ -83,6 +87,7 @@ class Rig:
             "host_memory": host_memory or 2**30,
             "io": self.io,
             "verify": verify,
+            "stall_s": stall_s,
         }
         sections: dict[str, Any] = {
             "strategy": strategy,

@@ -420,6 +420,6 @@ def test_retry_is_logged_for_those_who_look(
     open_source: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(os, "preadv", failing(os.preadv, errno.EIO, 1, []))
-    with caplog.at_level(logging.DEBUG, "weightstream.prefetch.source"):
+    with caplog.at_level(logging.DEBUG, "weightstream.prefetch.attempts"):
         read(open_source(), 0, 10)
     assert [record.levelname for record in caplog.records] == ["DEBUG"]

@@ -1,0 +1,260 @@
+"""Whatever hangs in a file system is given up in time, and what was given up does no harm when it comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import weightstream as ws
+from tests.builders import SINGLE, assert_same, leaves_nothing, open_files, random_tensors, write_checkpoint
+from tests.fakes.filesystem import Behaviour, Fault, mounted
+from tests.fakes.fixtures import requires_fuse
+from tests.fakes.rig import Rig
+from tests.fakes.source import Gate
+from tests.models import SmallNet, tensors_of
+from weightstream.api import Loader
+from weightstream.errors import LoadCancelledError, LoadTimeoutError, ReadError
+from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
+from weightstream.scheduler import job
+
+MakeRig = Callable[..., Rig]
+
+
+@pytest.fixture(name="tensors")
+def fixture_tensors() -> dict[str, torch.Tensor]:
+    return tensors_of(SmallNet())
+
+
+@pytest.fixture(name="path")
+def fixture_path(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    return write_checkpoint(tmp_path / "c", tensors, num_shards=2)
+
+
+def on_meta() -> SmallNet:
+    with torch.device("meta"):
+        return SmallNet()
+
+
+def assert_on_meta(model: SmallNet) -> None:
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def assert_loaded(model: SmallNet, tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in model.state_dict().items():
+        assert_same(tensor, tensors[name])
+
+
+def files_of(path: Path) -> list[str]:
+    return [name for name in open_files().values() if name.startswith(str(path))]
+
+
+@pytest.mark.parametrize("read", [0, 3], ids=["first", "middle"])
+async def test_read_that_does_not_return_ends_the_load(
+    rig: Rig, path: Path, tensors: dict[str, torch.Tensor], read: int
+) -> None:
+    gate = rig.disk.stop_at(read, is_stuck=True)
+    model = on_meta()
+    with leaves_nothing():
+        async with rig.loader(workers=2, num_slots=3, stall_s=7.0) as loader:
+            with pytest.raises(
+                LoadTimeoutError, match=r"at most 7 s, found no answer to the read at offset \d+ for 7 s"
+            ):
+                await loader.load(model, path)
+            assert rig.clock.now() == 7.5  # and half a second for it to return
+            assert_on_meta(model)
+            num_lost = rig.ring.num_slots - rig.ring.num_free
+            assert rig.ring.num_written_off == num_lost <= 1
+            assert rig.disk.num_open == 1  # the read has not let go of the file
+            assert files_of(path)
+
+            report = await loader.load(model, path)
+            assert_loaded(model, tensors)
+            lost = ["1 of 3 slots are lost to reads that have not returned, so fewer reads go on at a time"]
+            assert list(report.fallbacks) == (lost if num_lost else [])
+
+            rig.disk.closed.clear()
+            gate.open()
+            assert rig.disk.closed.wait(30)
+            assert rig.ring.num_written_off == num_lost  # it is not handed out again
+    assert rig.disk.num_open == 0
+    assert_loaded(model, tensors)
+
+
+async def test_error_names_the_file(make_rig: MakeRig, path: Path) -> None:
+    rig = make_rig("fake")
+    gate = rig.disk.stop_at(0, is_stuck=True)
+    async with rig.loader(stall_s=1.0, scheduler={"order": "file"}) as loader:
+        with pytest.raises(LoadTimeoutError) as caught:
+            await loader.load(on_meta(), path)
+        gate.open()
+    assert caught.value.file == str(path / "model-00001-of-00002.safetensors")
+
+
+async def test_slow_reads_are_no_stall(make_rig: MakeRig, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    rig = make_rig("fake", latency_s=6.9)
+    model = on_meta()
+    async with rig.loader(workers=1, stall_s=7.0) as loader:
+        await loader.load(model, path)
+    assert rig.clock.now() > 5 * 7
+    assert_loaded(model, tensors)
+
+
+async def test_consumer_that_takes_its_time_is_no_stall(make_rig: MakeRig, path: Path) -> None:
+    rig = make_rig("host")
+    async with rig.loader(host_memory=3 * 2**20 // 2, stall_s=7.0) as loader, loader.stream(path) as stream:
+        await anext(stream)
+        with rig.clock.participate():
+            rig.clock.sleep(1000.0)
+        assert len([name async for name, _ in stream]) == len(tensors_of(SmallNet())) - 1
+
+
+# Before and after the reads
+
+
+class TestFileThatDoesNotOpen:
+    @pytest.fixture(name="gate")
+    def fixture_gate(self, make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> tuple[Rig, Gate]:
+        rig = make_rig("host")
+        gate, real = Gate(rig.clock), open_checkpoint
+
+        def hang(*args: object, **options: object) -> Checkpoint:
+            found = real(*args, **options)  # type: ignore[arg-type]  # as it was called
+            gate.pass_through()
+            return found
+
+        monkeypatch.setattr(job, "open_checkpoint", hang)
+        return rig, gate
+
+    @pytest.mark.parametrize("limit", ["stall", "timeout"])
+    async def test_ends_the_load(self, gate: tuple[Rig, Gate], path: Path, limit: str) -> None:
+        rig, held = gate
+        model = on_meta()
+        with leaves_nothing():
+            scheduler = {"timeout_s": 5.0} if limit == "timeout" else {}
+            async with rig.loader(stall_s=5.0 if limit == "stall" else None, scheduler=scheduler) as loader:
+                with pytest.raises(LoadTimeoutError, match="did not answer in time: expected at most 5 s") as caught:
+                    await loader.start(model, path)
+                assert rig.clock.now() == 5.0
+                assert caught.value.file is not None
+                assert_on_meta(model)
+                held.open()  # it opens after all, and everything is closed
+                with rig.clock.participate():
+                    rig.clock.sleep(1.0)
+                assert files_of(path) == []
+
+    async def test_does_not_hold_up_who_cancels(self, gate: tuple[Rig, Gate], path: Path) -> None:
+        rig, held = gate
+        with leaves_nothing():
+            async with rig.loader() as loader:
+                task = asyncio.create_task(loader.load(on_meta(), path))
+                await asyncio.sleep(0)
+                held.wait_reached()
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert rig.clock.now() == 0.5
+                held.open()
+                with rig.clock.participate():
+                    rig.clock.sleep(1.0)
+
+    async def test_does_not_hold_up_the_end_of_the_loader(self, gate: tuple[Rig, Gate], path: Path) -> None:
+        rig, held = gate
+        with leaves_nothing():
+            async with rig.loader() as loader:
+                stream = loader.stream(path)
+                held.wait_reached()
+            with pytest.raises(LoadCancelledError):
+                await anext(stream)
+            held.open()
+            with rig.clock.participate():
+                rig.clock.sleep(1.0)
+
+
+async def test_comparison_that_hangs_rolls_the_load_back(rig: Rig, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(rig.clock)
+    monkeypatch.setattr(Checkpoint, "check_unchanged", lambda self: gate.pass_through())
+    model = on_meta()
+    async with rig.loader(stall_s=5.0) as loader:
+        with pytest.raises(LoadTimeoutError, match="did not answer in time"):
+            await loader.load(model, path)
+        assert_on_meta(model)
+        assert rig.ring.num_free == rig.ring.num_slots
+        gate.open()
+
+
+async def test_closing_that_hangs_is_not_waited_for(
+    make_rig: MakeRig, path: Path, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make_rig("host")
+    gate, close = Gate(rig.clock), Checkpoint.close
+
+    def hang(self: Checkpoint) -> None:
+        gate.pass_through()
+        close(self)
+
+    monkeypatch.setattr(Checkpoint, "close", hang)
+    model = on_meta()
+    with leaves_nothing():
+        async with rig.loader() as loader:
+            await loader.load(model, path)
+            assert rig.clock.now() == 0.5
+            assert_loaded(model, tensors)
+            gate.open()
+            with rig.clock.participate():
+                rig.clock.sleep(1.0)
+
+
+# With the kernel in between
+
+
+def config(**prefetch: object) -> ws.LoaderConfig:
+    sections = {"prefetch": {"io": "buffered", "workers": 2} | prefetch, "device": {"target": "cpu"}}
+    return ws.LoaderConfig.model_validate(sections)
+
+
+@requires_fuse
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE], ids=["EIO", "ESTALE"])
+def test_header_that_cannot_be_read_once_is_read_again(tmp_path: Path, number: int) -> None:
+    tensors = random_tensors({"a": (30, 30)})
+    write_checkpoint(tmp_path, tensors)
+    faults = (Fault(SINGLE, "error", request=0, number=number),)
+    with mounted(tmp_path, Behaviour(faults=faults, is_cached=False)) as mount, leaves_nothing():
+        model = torch.nn.ParameterDict({"a": torch.nn.Parameter(torch.empty(30, 30, device="meta"))})
+        report = ws.load_sync(model, mount.path, config=config())
+        assert mount.statistics().num_faults == (1,)
+    assert report.num_retries == 1
+    assert_same(model["a"].detach(), tensors["a"])
+
+
+@requires_fuse
+def test_header_that_can_never_be_read_is_a_read_error(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, random_tensors({"a": (30, 30)}))
+    faults = (Fault(SINGLE, "error", times=None),)
+    with mounted(tmp_path, Behaviour(faults=faults, is_cached=False)) as mount, leaves_nothing():
+        with pytest.raises(ReadError, match="cannot read the header: Input/output error"):
+            list(ws.iter_tensors(mount.path, config(retries=2)))
+        assert mount.statistics().num_faults == (3,)
+
+
+@requires_fuse
+@pytest.mark.parametrize("what", ["header", "data"])
+async def test_file_system_that_hangs_is_given_up(tmp_path: Path, what: str) -> None:
+    tensors = random_tensors({"a": (30, 30), "b": (2**20,)})
+    write_checkpoint(tmp_path, tensors)
+    fault = Fault(SINGLE, "stall", offset=0 if what == "header" else 4 * 2**20)
+    with mounted(tmp_path, Behaviour(faults=(fault,), is_cached=False)) as mount, leaves_nothing():
+        async with Loader(config(stall_s=0.2)) as loader:
+            with pytest.raises(LoadTimeoutError, match=r"at most 0\.2 s") as caught:
+                _ = [name async for name, _ in loader.stream(mount.path)]
+            assert caught.value.file == str(mount.path / SINGLE)
+            if what == "data":
+                assert "offset" in str(caught.value)
+            found = {name: tensor async for name, tensor in loader.stream(mount.path)}  # the fault was for once
+            mount.release()
+    for name, tensor in found.items():
+        assert_same(tensor, tensors[name])
