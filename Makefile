@@ -1,7 +1,8 @@
 # make demo     install, then load a model that the demo writes itself
 # make test     install with the test tools, then run the tests with branch coverage
 # make test-vllm  the tests with vLLM on the CPU, in .venv-vllm, which it makes; minutes, and not part of make test
-# make soak     the tests that take long: 25 times as many examples, the costs of hostile files, then make fuzz
+# make soak     the tests that take long: thousands of loads that are cancelled or broken off, 25 times as many examples,
+#               the costs of hostile files, then make fuzz
 # make fuzz     coverage-guided fuzzing of header, index and YAML
 # make check    format, lint, types, import layers
 # make bench    compare with other loaders, which are installed for it; on a quiet machine, about an hour
@@ -41,7 +42,7 @@ test-vllm: .venv-vllm/ready
 
 soak: .venv/ready-test
 	@echo "SEED=$(SEED)"
-	$(BIN)/python -m pytest -m soak --timeout=3600 $(ARGS)
+	SEED=$(SEED) $(BIN)/python -m pytest -m soak -s --timeout=3600 $(ARGS)
 	$(BIN)/python -m pytest tests/fuzz/test_properties.py --hypothesis-profile=soak --hypothesis-seed=$(SEED) \
 	    --timeout=3600 $(ARGS)
 	$(MAKE) fuzz SEED=$(SEED)

@@ -94,6 +94,11 @@ class PrefetchConfig(BaseModel):
         "manifest beside the checkpoint (SHA256SUMS or *.sha256) or the name of its blob in the Hugging Face cache says; "
         "without either, fail before anything is loaded. Shards are read in the order of their bytes.",
     )
+    allow_network_map: bool = Field(
+        default=False,
+        description="Let `strategy: map` map files on network file systems. If a page cannot be had from the server later "
+        "on, the process that touches it is killed (SIGBUS).",
+    )
     allow_outside_links: bool = Field(
         default=False,
         description="Accept shards that are symbolic links to somewhere outside the checkpoint's folder (links into "

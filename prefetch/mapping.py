@@ -1,7 +1,8 @@
 """Mapping: shards as memory, for tensors that are views of their file.
 
 Mappings are private: whoever writes to such a tensor gets pages of their own, and the file stays as it is. A file that
-is truncated while it is mapped kills the process that touches what is gone (SIGBUS); that is how mapped files are.
+is truncated while it is mapped kills the process that touches what is gone (SIGBUS); that is how mapped files are. So
+does one whose server has gone away: see `refuse_network`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 
+from weightstream.errors import CheckpointError
+from weightstream.prefetch.filesystem import file_system_of
 from weightstream.prefetch.memory import MAP_FAILED, PAGE_BYTES, mapping_libc
 from weightstream.prefetch.opening import Shard
 from weightstream.prefetch.source import ByteRange
 from weightstream.ranks import ranked_logger
 
-__all__ = ["Prefault", "map_shard", "populate"]
+__all__ = ["Prefault", "map_shard", "populate", "refuse_network"]
 
 logger = ranked_logger(__name__)
 
@@ -42,6 +45,26 @@ def map_shard(shard: Shard) -> memoryview:
     memory = (ctypes.c_ubyte * shard.num_bytes).from_address(address)
     weakref.finalize(memory, libc.munmap, address, shard.num_bytes).atexit = False  # tensors may live to the very end
     return memoryview(memory).cast("B")
+
+
+def refuse_network(shards: Sequence[Shard]) -> None:
+    """Make sure that no shard is on a file system that may cease to deliver pages.
+
+    Raises:
+        CheckpointError: one is.
+        OSError: a file system does not answer.
+    """
+    for shard in shards:
+        found = file_system_of(shard.fd)
+        if found.kind == "network":
+            raise CheckpointError(
+                "strategy: map would leave tensors in a file on a network file system, and a page that its server does not"
+                " deliver kills the process (SIGBUS)",
+                file=shard.path,
+                expected="a local file system",
+                actual=found.name,
+                hint="Set strategy to stream, or prefetch.allow_network_map if you trust the server to stay",
+            )
 
 
 class Prefault:

@@ -35,6 +35,9 @@ class Segment:
         self.memory = memory
         self.num_bytes = len(memory)
         self.pinned = False
+        #: Whether its slots are on their way out, and how many of them have gone.
+        self.is_retired = False
+        self.num_forgotten = 0
         self.wanted = True
         self.settled = threading.Event()
 
@@ -115,13 +118,33 @@ class Ring:
     def release(self, slot: Slot) -> None:
         """Give a slot back. Only its holder may, and only when nothing reads or writes its memory any more."""
         with self._lock:
-            self._free.append(slot)
+            if slot.segment.is_retired:
+                self._forget(slot.segment, 1)
+            else:
+                self._free.append(slot)
         self._on_free()
 
     def write_off(self, slot: Slot) -> None:
         """Give up a slot whose memory somebody may still write to. It is never handed out again."""
         with self._lock:
             self._num_written_off += 1
+
+    def retire(self, segment: Segment) -> None:
+        """Hand out no slot of a segment any more. What is held of it comes back as ever; then its memory goes."""
+        with self._lock:
+            segment.is_retired = True
+            gone = [slot for slot in self._free if slot.segment is segment]
+            self._free = [slot for slot in self._free if slot.segment is not segment]
+            self._forget(segment, len(gone))
+
+    def _forget(self, segment: Segment, num_slots: int) -> None:
+        """Let go of so many slots of a retired segment, and of its memory with the last. The lock is held."""
+        self._num_slots -= num_slots
+        segment.num_forgotten += num_slots
+        if segment.num_forgotten * self.slot_bytes == segment.num_bytes and segment in self._segments:
+            self._segments.remove(segment)
+            self._budget.give(segment.num_bytes)
+            self._account.release(segment.num_bytes)
 
     def shrink(self, left_bytes: int) -> list[Segment]:
         """Forget segments whose slots are all free, until so much of the budget is left; return them, for unpinning."""

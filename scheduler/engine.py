@@ -75,6 +75,14 @@ class Machine:
     ring: type[Ring] = Ring
 
 
+#: Eighths of the memory that is to be had which staging may take: the rest is for everybody else. Not measured.
+_SHARE_OF_AVAILABLE = 7
+
+#: What a smaller ring must still have to be worth more than a larger one that is not page-locked: one slot to read into
+#: while another is copied from.
+_LEAST_PINNED_SLOTS = 2
+
+_PINNING_LIMITED = "page-locking host memory was refused from some size on: the ring is as small as what was locked"
 _PINNING_REFUSED = "page-locking host memory was refused: copies to the device are pageable and slower"
 
 
@@ -115,6 +123,18 @@ class Engine:
         self.readers = ReaderPool(self.num_workers, self.clock.condition(), self.clock.spawn)
         slot_bytes = slot_bytes_for(config.prefetch.chunk)
         self.ring = self.machine.ring(slot_bytes, self.budget, self.account, self.readers.wake)
+
+    def limit_budget(self, on_fallback: Callable[[str], None]) -> None:
+        """Keep the budget below what this process can have of the machine or of its cgroup, as that is now."""
+        asked_bytes = self.config.prefetch.host_memory
+        taken_bytes = self.budget.limit_bytes - self.budget.left_bytes
+        room_bytes = taken_bytes + available_bytes() * _SHARE_OF_AVAILABLE // 8
+        self.budget.limit_bytes = min(asked_bytes, room_bytes)
+        if room_bytes < asked_bytes:
+            on_fallback(
+                f"prefetch.host_memory is {asked_bytes} bytes, but no more than {room_bytes} are to be had: that is the"
+                " limit now"
+            )
 
     def check_process(self) -> None:
         """Refuse to work in a forked child: its parent's threads do not exist here, nor does its device context.
@@ -183,7 +203,8 @@ class Engine:
             return None
         num_slots = self._num_slots(wished, plan, backend, delivers=delivers)
         with self._lock:
-            segments = self.ring.grow(num_slots, numa_node=backend.numa_node)
+            limited = backend.pinnable and self._pinning_refused and self._is_enough_pinned(self.ring)
+            segments = [] if limited else self.ring.grow(num_slots, numa_node=backend.numa_node)
             found = self.ring.statistics()
             if found.num_slots == found.num_written_off:
                 if not needed:
@@ -200,7 +221,11 @@ class Engine:
                 f"{found.num_written_off} of {found.num_slots} slots are lost to reads that have not returned, so fewer"
                 " reads go on at a time"
             )
-        self._pin_or_settle(segments, backend, on_fallback)
+        if limited:
+            if found.num_slots < num_slots:
+                on_fallback(_PINNING_LIMITED)
+            return self.ring
+        self._pin_or_settle(self.ring, segments, backend, on_fallback)
         return self.ring
 
     def _own_ring(
@@ -229,7 +254,7 @@ class Engine:
                 hint=f"Set prefetch.host_memory to {self.budget.limit_bytes - left_bytes + slots.needed_bytes} bytes or"
                 " more, or strategy to stream",
             )
-        self._pin_or_settle(segments, backend, on_fallback)
+        self._pin_or_settle(ring, segments, backend, on_fallback)
         return ring
 
     def _check_room(self, plan: LoadPlan, backend: Backend, kept_bytes: int, *, delivers: bool) -> None:
@@ -248,7 +273,9 @@ class Engine:
             num_slots = min(num_slots, max(1, room_bytes // self.ring.slot_bytes))
         return num_slots
 
-    def _pin_or_settle(self, segments: list[Segment], backend: Backend, on_fallback: Callable[[str], None]) -> None:
+    def _pin_or_settle(
+        self, ring: Ring, segments: list[Segment], backend: Backend, on_fallback: Callable[[str], None]
+    ) -> None:
         if backend.pinnable and self._pinning_refused:
             on_fallback(_PINNING_REFUSED)
         if not backend.pinnable:
@@ -258,7 +285,7 @@ class Engine:
         if not segments:
             return
         pinner = threading.Thread(
-            target=self._pin, args=(segments, backend, on_fallback), name="weightstream-pin", daemon=True
+            target=self._pin, args=(ring, segments, backend, on_fallback), name="weightstream-pin", daemon=True
         )
         self._pinners.append(pinner)
         pinner.start()
@@ -327,7 +354,7 @@ class Engine:
         if unpin is not None:
             unpin()
 
-    def _pin(self, segments: list[Segment], backend: Backend, on_fallback: Callable[[str], None]) -> None:
+    def _pin(self, ring: Ring, segments: list[Segment], backend: Backend, on_fallback: Callable[[str], None]) -> None:
         for segment in segments:
             try:
                 unpin = backend.pin(segment.memory) if segment.wanted and not self._pinning_refused else None
@@ -338,8 +365,16 @@ class Engine:
                 segment.pinned = True
             elif segment.wanted:
                 self._pinning_refused = True
-                on_fallback(_PINNING_REFUSED)
+                if ring is self.ring and self._is_enough_pinned(ring):  # a ring of its own has no slot too many
+                    ring.retire(segment)
+                    on_fallback(_PINNING_LIMITED)
+                else:
+                    on_fallback(_PINNING_REFUSED)
             segment.settled.set()
+
+    @staticmethod
+    def _is_enough_pinned(ring: Ring) -> bool:
+        return ring.statistics().pinned_bytes >= _LEAST_PINNED_SLOTS * ring.slot_bytes
 
     @staticmethod
     def _check_fits(what: str, needed: int, available: int | None) -> None:

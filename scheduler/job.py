@@ -181,6 +181,7 @@ class Job:
             )
             stack.callback(files.close)
             self._check_stop()  # asked before there were files to stop at
+            engine.limit_budget(self.fall_back)
             checkpoint, source = files.call(functools.partial(self._open, files, sink.prefetch_config))
             with no_garbage_collection():
                 prepared = sink.prepare(checkpoint)

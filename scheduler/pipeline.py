@@ -11,7 +11,7 @@ from weightstream.device.backend import Backend
 from weightstream.device.stage import DeviceStage
 from weightstream.errors import ReadError
 from weightstream.prefetch.checkpoint import Checkpoint
-from weightstream.prefetch.mapping import Prefault, map_shard
+from weightstream.prefetch.mapping import Prefault, map_shard, refuse_network
 from weightstream.prefetch.ring import Ring
 from weightstream.prefetch.source import Source
 from weightstream.prefetch.tuner import Tuner
@@ -88,6 +88,7 @@ class Pipeline:
         Raises:
             MemoryBudgetError: there is not enough memory.
             ReadError: files cannot be mapped.
+            CheckpointError: files are to be mapped that are on a network file system.
             IntegrityError: nobody says what the digest of a file should be that is to be verified.
             LoadTimeoutError: the file system does not answer.
         """
@@ -129,7 +130,11 @@ class Pipeline:
             engine.readers.widen(tuner.setting.workers)
             blocks = BlockAccount(engine, backend, delivered=sink.delivers)
             stack.callback(blocks.close)
-            prefault, given = files.call(lambda: _map(checkpoint, plan)) if plan.layout.num_given else (None, [])
+            prefault: Prefault | None = None
+            given: list[memoryview] = []
+            if plan.layout.num_given:
+                anywhere = config.allow_network_map
+                prefault, given = files.call(lambda: _map(checkpoint, plan, anywhere=anywhere))
             stage = DeviceStage(backend, plan.layout, stream=stream, on_block=blocks.change, given=given)
             stack.callback(stage.close)
             eviction = make_eviction(checkpoint, plan, found, config)
@@ -225,9 +230,11 @@ class BlockAccount:
             self._account.release(self._held)
 
 
-def _map(checkpoint: Checkpoint, plan: LoadPlan) -> tuple[Prefault, list[memoryview]]:
+def _map(checkpoint: Checkpoint, plan: LoadPlan, *, anywhere: bool) -> tuple[Prefault, list[memoryview]]:
     """Map the shards; return what brings them in, and their bytes."""
     try:
+        if not anywhere:
+            refuse_network(checkpoint.shards)
         mappings = [map_shard(shard) for shard in checkpoint.shards]
     except OSError as exc:
         raise ReadError(

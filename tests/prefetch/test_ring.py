@@ -189,3 +189,17 @@ def test_no_slot_is_handed_to_two_threads() -> None:
         thread.join()
     assert clashes == []
     assert ring.statistics().num_free == 3
+
+
+def test_retired_segment_goes_with_its_last_slot() -> None:
+    budget, account = Budget(4 * 40 * MIB), MemoryAccount()
+    ring = Ring(40 * MIB, budget, account)  # each slot is a segment of its own
+    segments = ring.grow(4)
+    held = [slot for slot in acquire_all(ring) if slot.segment in segments[:2]]
+    for segment in segments[1:3]:
+        ring.retire(segment)
+    for slot in held:
+        ring.release(slot)
+    found = ring.statistics()
+    assert (found.num_slots, found.num_free, found.num_bytes) == (3, 1, 3 * 40 * MIB)
+    assert budget.left_bytes == 40 * MIB == 4 * 40 * MIB - account.held_bytes

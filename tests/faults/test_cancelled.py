@@ -1,0 +1,137 @@
+"""Loads that are cancelled at a random moment: everything comes back, every time."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+import torch
+
+import weightstream as ws
+from tests.builders import assert_same, leaves_nothing, open_files, write_in_order
+from tests.fakes.accelerator import FakeAccelerator
+from tests.fakes.ring import PoisonedRing
+from tests.models import SmallNet, tensors_of
+from weightstream.api import Loader
+from weightstream.scheduler.engine import Machine, open_backend
+
+KIB = 2**10
+
+TENSORS = tensors_of(SmallNet())
+
+
+@pytest.fixture(name="path", scope="module")
+def fixture_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_in_order(tmp_path_factory.mktemp("cancelled"), TENSORS, num_shards=2)
+
+
+@pytest.fixture(name="machine", params=["host", "fake"])
+def fixture_machine(request: pytest.FixtureRequest) -> Generator[Machine, None, None]:
+    accelerator = FakeAccelerator(bytes_per_s=2e9)
+    yield Machine(open_backend=open_backend if request.param == "host" else lambda _: accelerator, ring=PoisonedRing)
+    accelerator.close()
+    assert accelerator.hazards == []
+
+
+def on_meta() -> SmallNet:
+    with torch.device("meta"):
+        return SmallNet()
+
+
+async def cancel_handle(loader: Loader, path: Path, delay_s: float) -> None:
+    handle = await loader.start(on_meta(), path)
+    await asyncio.sleep(delay_s)
+    await handle.cancel()
+    assert handle.progress.state in ("done", "failed")
+
+
+async def cancel_task(loader: Loader, path: Path, delay_s: float) -> None:
+    model = on_meta()
+    before = list(model.parameters())
+    task = asyncio.create_task(loader.load(model, path))
+    await asyncio.sleep(delay_s)
+    task.cancel()
+    try:
+        await task
+    except asyncio.CancelledError:
+        if all(parameter.is_meta for parameter in model.parameters()):
+            assert all(one is other for one, other in zip(model.parameters(), before, strict=True))
+            return
+    assert_loaded(model)  # all of it: it had just come to its end
+
+
+async def leave_stream(loader: Loader, path: Path, delay_s: float) -> None:
+    async with loader.stream(path) as stream:
+        async with asyncio.timeout(delay_s):
+            async for name, tensor in stream:
+                assert_same(tensor, TENSORS[name])
+
+
+async def cancel_warming(loader: Loader, path: Path, delay_s: float) -> None:
+    task = asyncio.create_task(loader.warm(path))
+    await asyncio.sleep(delay_s)
+    task.cancel()
+    await asyncio.wait([task])
+
+
+def assert_loaded(model: SmallNet) -> None:
+    for name, tensor in model.state_dict().items():
+        assert_same(tensor, TENSORS[name])
+
+
+async def cancel_many(machine: Machine, path: Path, choose: random.Random, count: int, io: str) -> int:
+    """Cancel so many loads, several of them at a time now and then; return how many did not come to their end."""
+    prefetch = {"chunk": 64 * KIB, "workers": 3, "io": io, "host_memory": 3 * 2**20}
+    config = ws.LoaderConfig.model_validate({"prefetch": prefetch, "device": {"target": "cpu"}})
+    async with Loader(config, machine=machine) as loader:
+        loop = asyncio.get_running_loop()
+        await loader.load(on_meta(), path)  # the first one imports and begins threads
+        began_s = loop.time()
+        await loader.load(on_meta(), path)
+        usual_s = loop.time() - began_s
+        engine = loader._engine
+        assert engine is not None
+        begun = len(open_files())
+        num_cut = 0
+        for left in range(count, 0, -1):
+            ways = choose.choices(
+                [cancel_task, cancel_handle, leave_stream, cancel_warming], k=choose.choice([1, 1, 2])
+            )
+            delays_s = [choose.uniform(0, 1.2 * usual_s) for _ in ways]
+            done = await asyncio.gather(
+                *(way(loader, path, delay_s) for way, delay_s in zip(ways, delays_s, strict=True)),
+                return_exceptions=True,
+            )
+            for error in done:
+                assert error is None or isinstance(error, TimeoutError), (left, ways, delays_s, error)
+            num_cut += any(done)
+            found = engine.ring.statistics()
+            files = len(open_files())
+            assert (found.num_free, found.num_written_off, files) == (found.num_slots, 0, begun), (left, ways, delays_s)
+        model = on_meta()
+        await loader.load(model, path)
+        assert_loaded(model)
+        taken = engine.budget.limit_bytes - engine.budget.left_bytes
+        assert taken == engine.account.held_bytes == engine.ring.statistics().num_bytes
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    return num_cut
+
+
+@pytest.mark.parametrize("io", ["buffered", "direct"])
+def test_loads_that_are_cancelled_at_any_moment_leave_nothing(
+    machine: Machine, path: Path, choose: random.Random, io: str
+) -> None:
+    with leaves_nothing():
+        asyncio.run(cancel_many(machine, path, choose, 15, io))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("io", ["buffered", "direct"])
+def test_a_thousand_loads_that_are_cancelled_leave_nothing(
+    machine: Machine, path: Path, choose: random.Random, io: str
+) -> None:
+    with leaves_nothing():
+        asyncio.run(cancel_many(machine, path, choose, 1000, io))
