@@ -40,6 +40,7 @@ from weightstream.scheduler.plan import Chunk, LoadPlan
 from weightstream.scheduler.readiness import Readiness
 from weightstream.scheduler.report import LoadReport, Progress, State
 from weightstream.scheduler.sinks import Prepared, Sink
+from weightstream.scheduler.telemetry import Ended, Telemetry
 from weightstream.scheduler.timeline import Recorder
 
 __all__ = ["Job"]
@@ -90,6 +91,7 @@ class Job:
         self._sink: Sink | None = sink
         self._streams = streams
         self._ledger = Ledger(engine.clock.now, recorder)
+        self._telemetry = Telemetry(os.fsdecode(path))
         self._begin = engine.clock.now()
         self._state: State = "preflight"
         timeout_s = engine.config.scheduler.timeout_s
@@ -152,12 +154,14 @@ class Job:
             # Its frames refer to the model, and whoever keeps the error keeps them. Not later than here: once others
             # can raise it, it collects frames of theirs, and to clear a coroutine's is to end it.
             traceback.clear_frames(error.__traceback__)
-        self.progress()  # the last counts outlive the flow
+        bytes_read = self.progress().bytes_read  # the last counts outlive the flow
         self._flow = self._files = None
         self._sink = None  # it refers to the model: who keeps a handle must not keep the model's old tensors alive
         self._state = "failed" if report is None else "done"
         sink.end(error)
         self.readiness.end(error)
+        wall_s, sections = self._ledger.wall_s, self._ledger.sections
+        self._telemetry.end(Ended(report, error, wall_s, sections, bytes_read, self._num_retries))
         if report is not None:
             logger.info(
                 "loaded %d tensors, %.2f GB, onto %s in %.2f s (%s)",

@@ -43,7 +43,10 @@ class Ledger:
         self.copy_busy_s = 0.0
         self.both_busy_s = 0.0
         self.phases = {"preflight": 0.0, "disk": 0.0, "copy": 0.0, "bind": 0.0, "other": 0.0}
+        #: Those that are over: name, begin and end, in seconds since the start.
+        self.sections: list[tuple[str, float, float]] = []
         self._section: Section = "preflight"
+        self._entered_s = 0.0
         self._now = now
         self._start = self._last = now()
         if recorder is not None:
@@ -66,7 +69,8 @@ class Ledger:
     def enter(self, section: Section) -> None:
         """Book the time until now, and go on in another section."""
         self.change()
-        self._section = section
+        self.sections.append((self._section, self._entered_s, self.wall_s))
+        self._section, self._entered_s = section, self.wall_s
 
     def verifies(self) -> None:
         """Say that the load will also wait for hashing, which only then is a phase."""
