@@ -15,6 +15,7 @@ from weightstream.config import LoaderConfig
 from weightstream.display import Display, format_bytes, format_rate
 from weightstream.errors import WeightstreamError, shown
 from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
+from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.digests import MANIFEST_NAME, Digest, find_digests, write_manifest
 from weightstream.prefetch.memory import usable_cores
 from weightstream.prefetch.source import ByteRange, FileSource
@@ -155,7 +156,7 @@ async def verify(config: LoaderConfig, display: Display, *, writes_manifest: boo
                 except_manifest=MANIFEST_NAME if writes_manifest else None,
             )
         )
-        hashing = _Hashing(checkpoint, lambda **options: FileSource(checkpoint, prefetch, **options))
+        hashing = _Hashing(checkpoint, prefetch)
         with display.meters(("hashed",)) as update:
             await hashing.run(update)
         await in_thread(checkpoint.check_unchanged)
@@ -173,10 +174,12 @@ async def verify(config: LoaderConfig, display: Display, *, writes_manifest: boo
 class _Hashing:
     """Threads that read and hash the files of a checkpoint, one file each at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, open_source: Callable[..., FileSource]) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: PrefetchConfig) -> None:
         self._checkpoint = checkpoint
         self._stopped = threading.Event()
-        self._source = open_source(
+        self._source = FileSource(
+            checkpoint,
+            config,
             pause=lambda seconds: not self._stopped.wait(seconds),
             on_retry=lambda: None,
             on_fallback=lambda _: None,
