@@ -20,7 +20,7 @@ from weightstream.device.config import DeviceConfig
 from weightstream.device.dtypes import CASTABLE, destination_dtype, torch_dtype, torch_shape, unsupported
 from weightstream.device.names import NameRules
 from weightstream.device.sharded import check_sharded, is_sharded
-from weightstream.device.sharing import find_sharing
+from weightstream.device.sharing import find_sharing, length_in_memory
 from weightstream.device.targets import Subtree, Target, Targets, find_targets
 from weightstream.errors import MissingKeysError, PlacementError, ShapeMismatchError, UnexpectedKeysError
 
@@ -290,7 +290,16 @@ def _note_in_place(placement: Placement, place: Place, target: Target, in_place:
 def _find_shared(placement: Placement, in_place: list[int]) -> None:
     """Stage what would be written to memory that is also another tensor's, by readers that know no order."""
     places = placement.places
-    shared = [in_place[rank] for rank in find_sharing([_tensor(places[index]) for index in in_place])]
+    lengths = [
+        place.num_bytes
+        if place.mode == "fill" and place.dtype is place.stored_dtype
+        else length_in_memory(_tensor(place))
+        for place in (places[index] for index in in_place)
+    ]
+    found = find_sharing([_tensor(places[index]) for index in in_place], lengths)
+    if not found:
+        return
+    shared = [in_place[rank] for rank in found]
     for index in shared:
         places[index] = msgspec.structs.replace(places[index], mode="stage")
     placement.shared = sorted((places[index] for index in shared), key=lambda place: place.position)

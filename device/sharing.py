@@ -9,30 +9,34 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["find_sharing"]
+__all__ = ["find_sharing", "length_in_memory"]
 
 
-def find_sharing(tensors: Sequence[torch.Tensor]) -> set[int]:
-    """Return the indices of strided tensors whose memory may overlap that of another one.
+def find_sharing(tensors: Sequence[torch.Tensor], lengths: Sequence[int]) -> set[int]:
+    """Return the indices of tensors whose memory may overlap that of another one.
 
-    Looks at the first and the last byte of each, so tensors that lie in each other's gaps are found too.
+    Args:
+        tensors: strided ones.
+        lengths: of the memory of each, in bytes, from its first element to its last. Tensors that lie in each other's
+            gaps are found too.
     """
-    # The address is the key; what follows is only to be unpacked. 46,000 contiguous tensors take 25 ms.
-    spans = sorted((tensor.data_ptr(), index, tensor) for index, tensor in enumerate(tensors) if tensor.numel())
+    addresses = [tensor.data_ptr() for tensor in tensors]
     found: set[int] = set()
-    furthest, owner = -1, -1
-    for begin, index, tensor in spans:
+    furthest = owner = -1
+    for index in sorted(range(len(addresses)), key=addresses.__getitem__):
+        begin, length = addresses[index], lengths[index]
+        if not length:
+            continue
         if begin < furthest:
             found |= {owner, index}
-        end = begin + _length(tensor)
-        if end > furthest:
-            furthest, owner = end, index
+        if begin + length > furthest:
+            furthest, owner = begin + length, index
     return found
 
 
-def _length(tensor: torch.Tensor) -> int:
+def length_in_memory(tensor: torch.Tensor) -> int:
     """Return the distance in bytes from a tensor's first element to the end of its last."""
-    if tensor.is_contiguous():
-        return tensor.nbytes
+    if not tensor.numel():
+        return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
