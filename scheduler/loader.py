@@ -147,7 +147,7 @@ class Loader:
             recorder: as in `start`.
             on_progress: called in this task when something has changed, at most twenty times a second, and at the end.
 
-        Cancellation: the load is cancelled and cleaned up before this returns.
+        Cancellation: the load is cancelled and cleaned up before this returns. One that has just come to its end stays.
 
         Raises:
             WeightstreamError: the load failed. See `LoadHandle.wait` for what is true of the model then.

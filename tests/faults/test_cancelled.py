@@ -84,7 +84,7 @@ def assert_loaded(model: SmallNet) -> None:
 
 async def cancel_many(machine: Machine, path: Path, choose: random.Random, count: int, io: str) -> int:
     """Cancel so many loads, several of them at a time now and then; return how many did not come to their end."""
-    prefetch = {"chunk": 64 * KIB, "workers": 3, "io": io, "host_memory": 3 * 2**20}
+    prefetch = {"chunk": 64 * KIB, "workers": 3, "io": io, "host_memory": 8 * 2**20}  # two streams at once
     config = ws.LoaderConfig.model_validate({"prefetch": prefetch, "device": {"target": "cpu"}})
     async with Loader(config, machine=machine) as loader:
         loop = asyncio.get_running_loop()
