@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -380,8 +380,14 @@ def bench(
 
 
 @_weightstream.command()
-def schema() -> None:
-    """Print the JSON schema of the YAML file, for editors."""
-    from weightstream.config import LoaderConfig  # noqa: PLC0415
+@click.argument("of", type=click.Choice(["config", "report"]), default="config")
+def schema(of: str) -> None:
+    """Print a JSON schema: of the YAML file, for editors, or of the report that `warm --json` prints."""
+    from pydantic import TypeAdapter  # noqa: PLC0415
 
-    _emit(json.dumps(LoaderConfig.model_json_schema(), indent=2))
+    from weightstream.config import LoaderConfig  # noqa: PLC0415
+    from weightstream.scheduler.report import LoadReport  # noqa: PLC0415
+
+    described: type[LoaderConfig | LoadReport] = LoaderConfig if of == "config" else LoadReport
+    mode: Literal["validation", "serialization"] = "validation" if of == "config" else "serialization"
+    _emit(json.dumps(TypeAdapter(described).json_schema(mode=mode), indent=2))
