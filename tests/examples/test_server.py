@@ -153,7 +153,7 @@ def test_server_answers_while_its_weights_arrive_and_then_serves(tmp_path: Path,
         assert state["percent"] == 100
         answer = server.client.post("/generate", json={"token_ids": PROMPT, "max_new_tokens": 8})
         assert answer.json() == {"token_ids": expected_tokens(checkpoint, 8)}
-        assert "target_info" in server.client.get("/metrics").text
+        assert "weightstream_" in server.client.get("/metrics").text
         server.process.send_signal(signal.SIGTERM)
         assert server.end() in (0, -signal.SIGTERM)
         assert "Traceback" not in server.log
