@@ -81,12 +81,13 @@ class Binder:
         adopt = self._adopt
         for index, tensor in zip(places, self._stage.take(places), strict=True):
             place = described[index]
+            loaded = tensor if place.stride is None else self._in_order(tensor)
             if place.mode == "stage":
-                self._staged[place.name] = tensor
+                self._staged[place.name] = loaded
                 continue
             target = place.target
             assert target is not None
-            adopt(target.tensor, tensor)
+            adopt(target.tensor, loaded)
             ready.append(target.name)
             if target.ties:
                 ready.extend(tie.name for tie in target.ties)
@@ -98,6 +99,12 @@ class Binder:
             if whole:
                 self._stage.run(lambda: self._write(whole, ready))
         return ready
+
+    def _in_order(self, view: torch.Tensor) -> torch.Tensor:
+        """Copy a view with strides, as files of torch.save have them, so that its elements lie in order."""
+        copies: list[torch.Tensor] = []
+        self._stage.run(lambda: copies.append(view.contiguous()))
+        return copies[0]
 
     def finish(self) -> list[str]:
         """Place what could not be placed tensor by tensor, or everything; return the names that became usable.

@@ -48,13 +48,16 @@ class Stored(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def num_bytes(self) -> int: ...
+    @property
+    def stride(self) -> tuple[int, ...] | None: ...
 
 
 class Place(msgspec.Struct, frozen=True, gc=False):
     """What becomes of one tensor of the checkpoint. Hidden from the garbage collector, as `targets` are.
 
     `num_bytes` and `stored_dtype` are the file's; `dtype` is what it will have in the model, and `name` is the model's
-    too: `device.rename` may have made it out of the file's.
+    too: `device.rename` may have made it out of the file's. `stride` is not None where the file's elements do not lie
+    in order: the stage hands out a view of them, and nothing is read into storage of the model's.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Place(msgspec.Struct, frozen=True, gc=False):
     mode: Mode
     position: int
     target: Target | None = None
+    stride: tuple[int, ...] | None = None
 
     @property
     def is_cast(self) -> bool:
@@ -217,7 +221,7 @@ def deliver(stored: Mapping[str, Stored], config: DeviceConfig, device: torch.de
         if config.dtype not in ("model", "checkpoint") and dtype in CASTABLE:
             wanted = getattr(torch, config.dtype)
         shape = torch_shape(spec.dtype, spec.shape)
-        placement.places.append(Place(name, spec.num_bytes, dtype, wanted, shape, "stage", position))
+        placement.places.append(Place(name, spec.num_bytes, dtype, wanted, shape, "stage", position, None, spec.stride))
     return placement
 
 
@@ -388,13 +392,15 @@ def _place(name: str, spec: Stored, target: Target, config: DeviceConfig, device
         mode = "stage"
     elif not on_meta:
         mode = _mode_in_place(tensor, device, config, name)
+        if mode == "fill" and spec.stride is not None:
+            mode = "stage"
     elif tensor._backward_hooks is not None:
         raise PlacementError(
             "the parameter is on meta and has a gradient hook, which would be lost",
             tensor=name,
             hint="Register hooks on parameters after loading",
         )
-    return Place(name, spec.num_bytes, dtype, wanted, shape, mode, target.position, target)
+    return Place(name, spec.num_bytes, dtype, wanted, shape, mode, target.position, target, spec.stride)
 
 
 def _mode_in_place(tensor: torch.Tensor, device: torch.device, config: DeviceConfig, name: str) -> Mode:
@@ -431,7 +437,7 @@ def _subtree_place(name: str, spec: Stored, target: Target | None, subtree: Subt
             on_meta = target.tensor.device.type == "meta"
             wanted = destination_dtype(dtype, target.tensor.dtype, config, on_meta=on_meta, tensor=name)
     position = subtree.targets[0].position if subtree.targets else 0
-    return Place(name, spec.num_bytes, dtype, wanted, shape, "stage", position, target)
+    return Place(name, spec.num_bytes, dtype, wanted, shape, "stage", position, target, spec.stride)
 
 
 def _check_kind(tensor: torch.Tensor, name: str) -> None:

@@ -115,15 +115,17 @@ class DeviceStage:
     def take(self, places: Sequence[int]) -> list[torch.Tensor]:
         """Return finished tensors, in their final dtype and shape, and let go of blocks of which these were the last.
 
+        Those whose bytes are not in the order of their elements are views with strides.
+
         Views are made in bulk: tensors of one shape that lie at equal distances are one call. Each has a version counter
         of its own, through `.data`: views of one block that shared a counter would make an in-place change of one
         parameter look, to autograd, like a change of its neighbours.
         """
         described, block_of, offset_of = self._layout.places, self._layout.block_of, self._layout.offset_of
-        alike: dict[tuple[int, torch.dtype, tuple[int, ...]], tuple[list[int], list[int]]] = {}
+        alike: dict[tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...] | None], tuple[list[int], list[int]]] = {}
         for rank, index in enumerate(places):
             place = described[index]
-            key = block_of[index], place.dtype, place.shape
+            key = block_of[index], place.dtype, place.shape, place.stride
             found = alike.get(key)
             if found is None:
                 alike[key] = [rank], [offset_of[index]]
@@ -131,11 +133,13 @@ class DeviceStage:
                 found[0].append(rank)
                 found[1].append(offset_of[index])
         taken: dict[int, torch.Tensor] = {}
-        for (block, dtype, shape), (ranks, offsets) in alike.items():
+        for (block, dtype, shape, stride), (ranks, offsets) in alike.items():
             if block == IN_SLOT:  # tensors without bytes
                 views = [torch.empty(shape, dtype=dtype, device=self._backend.device) for _ in ranks]
             else:
-                views = _views(_elements(self._block(block), dtype), shape, offsets)
+                views = _views(
+                    _elements(self._block(block), dtype), shape, stride or _contiguous_strides(shape), offsets
+                )
                 self._members[block] -= len(ranks)
                 if not self._members[block] and block >= self._layout.num_given:
                     self._drop(block)
@@ -235,10 +239,11 @@ def _elements(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return block[: block.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
-def _views(elements: torch.Tensor, shape: tuple[int, ...], offsets: list[int]) -> list[torch.Tensor]:
-    """Return the contiguous tensors of one shape that begin at these offsets, in bytes, of a flat tensor."""
+def _views(
+    elements: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], offsets: list[int]
+) -> list[torch.Tensor]:
+    """Return the tensors of one shape that begin at these offsets, in bytes, of a flat tensor."""
     itemsize = elements.dtype.itemsize
-    strides = _contiguous_strides(shape)
     views: list[torch.Tensor] = []
     first = 0
     while first < len(offsets):

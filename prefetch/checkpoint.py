@@ -19,8 +19,12 @@ from weightstream.prefetch.hashing import FileHash
 from weightstream.prefetch.header import TensorSpec, read_header
 from weightstream.prefetch.index import check_index, read_index
 from weightstream.prefetch.opening import Shard, identity_of, open_shard, resolve
+from weightstream.prefetch.torchfile import read_torch_file
 
 __all__ = ["Checkpoint", "open_checkpoint"]
+
+#: Files with these endings are those of `torch.save`; all others are safetensors.
+_TORCH_SUFFIXES = frozenset({".bin", ".pt", ".pth"})
 
 
 class Checkpoint:
@@ -30,7 +34,7 @@ class Checkpoint:
         path: the index or the single file that was opened.
         shards: its files; a tensor's `shard` is an index into this tuple.
         tensors: every tensor by name, in the order of shards and bytes.
-        notes: what was left alone where there was a choice, one sentence each.
+        notes: what was left alone or left out, one sentence each.
         hashes: for each shard, a hash that has seen its header; empty unless the checkpoint was opened to be verified.
     """
 
@@ -146,14 +150,16 @@ def open_checkpoint(
     shards: list[Shard] = []
     headers: list[list[TensorSpec]] = []
     begun: list[FileHash] = []
+    notes = list(found.notes)
     files: dict[tuple[int, ...], str] = {}
     try:
         for number, name in enumerate(names):
             opens = functools.partial(open_shard, root, name, listed_in, allow_outside_links=anywhere)
             opened = functools.partial(_open, opens, name, number, files, hashes=hashes)
-            shard, header, hashed = attempts.call(opened, root / name)
+            shard, header, said, hashed = attempts.call(opened, root / name)
             shards.append(shard)
             headers.append(header)
+            notes += said
             begun += [] if hashed is None else [hashed]
         tensors = {spec.name: spec for header in headers for spec in header}
         if weight_map is not None:
@@ -162,12 +168,12 @@ def open_checkpoint(
         for shard in shards:
             os.close(shard.fd)
         raise
-    return Checkpoint(listed_in, tuple(shards), tensors, found.notes, tuple(begun))
+    return Checkpoint(listed_in, tuple(shards), tensors, tuple(notes), tuple(begun))
 
 
 def _open(
     opens: Callable[[], Shard], name: str, number: int, files: dict[tuple[int, ...], str], *, hashes: bool
-) -> tuple[Shard, list[TensorSpec], FileHash | None]:
+) -> tuple[Shard, list[TensorSpec], list[str], FileHash | None]:
     """Open one shard, read its header, and begin its hash, if there is to be one.
 
     `files`: the identities of those that are open, with their names.
@@ -176,17 +182,24 @@ def _open(
     try:
         _check_new(shard, name, files)
         hashed = FileHash() if hashes else None
-        return shard, _read_tensors(shard, number, hashed), hashed
+        specs, said = _read_tensors(shard, number, hashed)
     except BaseException:
         os.close(shard.fd)
         raise
+    return shard, specs, said, hashed
 
 
-def _read_tensors(shard: Shard, number: int, begun: FileHash | None) -> list[TensorSpec]:
-    if shard.path.suffix in (".bin", ".pt", ".pth"):
-        raise UnsupportedFormatError("not safetensors", file=shard.path, hint="Convert it to safetensors")
-    on_bytes = None if begun is None else begun.update
-    return read_header(shard.fd, shard.num_bytes, file=str(shard.path), shard=number, on_bytes=on_bytes)
+def _read_tensors(shard: Shard, number: int, begun: FileHash | None) -> tuple[list[TensorSpec], list[str]]:
+    """Return a shard's tensors, and what is to be said about the rest of it."""
+    file = str(shard.path)
+    if shard.path.suffix not in _TORCH_SUFFIXES:
+        on_bytes = None if begun is None else begun.update
+        return read_header(shard.fd, shard.num_bytes, file=file, shard=number, on_bytes=on_bytes), []
+    if begun is not None:
+        raise UnsupportedFormatError(
+            "only safetensors files can be verified", file=file, hint="Set prefetch.verify to none, or convert the file"
+        )
+    return read_torch_file(shard.fd, shard.num_bytes, file=file, shard=number)
 
 
 def _check_new(shard: Shard, name: str, files: dict[tuple[int, ...], str]) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "one_line",
     "parse_header",
     "parse_string_mapping",
+    "read_exactly",
     "read_header",
     "refuse_doubles",
 ]
@@ -73,8 +74,10 @@ _MAX_INT = 2**63 - 1
 class TensorSpec(msgspec.Struct, frozen=True, gc=False):
     """One tensor of a checkpoint: what it is, and which bytes of which shard hold it.
 
-    `begin` and `end` are offsets in bytes from the start of the file. There is one such object per tensor, so it is
-    hidden from the garbage collector, which would otherwise scan tens of thousands of them.
+    `begin` and `end` are offsets in bytes from the start of the file. `stride` is how many elements lie from one index
+    to the next in each dimension, or None where the elements lie in order without gaps, as they do in safetensors.
+    There is one such object per tensor, so it is hidden from the garbage collector, which would otherwise scan tens of
+    thousands of them.
     """
 
     name: str
@@ -83,6 +86,7 @@ class TensorSpec(msgspec.Struct, frozen=True, gc=False):
     shard: int
     begin: int
     end: int
+    stride: tuple[int, ...] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -156,7 +160,7 @@ def read_header(
     """
     if file_bytes < 8:
         raise HeaderError("too short for a safetensors file", file=file, expected="8 bytes or more", actual=file_bytes)
-    prefix = _pread(fd, 8, 0, file)
+    prefix = read_exactly(fd, 8, 0, file)
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         raise HeaderError(
@@ -170,7 +174,7 @@ def read_header(
             actual=f"{file_bytes} bytes",
             hint="The file is truncated: fetch it again",
         )
-    raw = _pread(fd, length, 8, file)
+    raw = read_exactly(fd, length, 8, file)
     if on_bytes is not None:
         on_bytes(prefix)
         on_bytes(raw)
@@ -360,7 +364,12 @@ def _check_tiling(specs: list[TensorSpec], data_begin: int, file: str) -> None:
         position = spec.end
 
 
-def _pread(fd: int, count: int, offset: int, file: str) -> bytes:
+def read_exactly(fd: int, count: int, offset: int, file: str) -> bytes:
+    """Read what a file says about itself.
+
+    Raises:
+        ReadError: the operating system refused, or the file ends too early.
+    """
     parts: list[bytes] = []
     while count:
         try:

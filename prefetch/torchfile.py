@@ -1,0 +1,253 @@
+"""Files of `torch.save`: which bytes of the file each tensor is, so that they are read as those of safetensors are.
+
+Both layouts are known: the zip archive of torch 1.6 and later, and the older one, where storages follow the pickles one
+by one. What neither has is a rule that tensors tile the file: they may share bytes, and need not be contiguous.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NoReturn, cast
+
+from weightstream.errors import HeaderError, UnsupportedFormatError
+from weightstream.prefetch.archive import Archive
+from weightstream.prefetch.header import DTYPE_BITS, MAX_RANK, TensorSpec, read_exactly
+from weightstream.prefetch.pickles import MAX_PICKLE_BYTES, EndOfDataError, PickledTensor, Storage, read_pickle
+
+__all__ = ["read_torch_file"]
+
+#: The old layout begins with these: a pickle of 0x1950a86a20f9469cfc6c, and one of the version, 1001.
+_OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
+
+#: Where trainers put the state dict, tried in this order.
+_STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")
+
+#: Records of an archive that are a number.
+_NUMBERS = frozenset({"version", ".format_version", ".storage_alignment"})
+
+#: How much of an old file is read to find the end of its pickles.
+_FIRST_BYTES = 2**20
+
+_MAX_INT = 2**63 - 1
+
+
+def read_torch_file(fd: int, file_bytes: int, *, file: str, shard: int) -> tuple[list[TensorSpec], list[str]]:
+    """Read what a file of `torch.save` says about its tensors.
+
+    Args:
+        fd: a descriptor of the file; its position is neither used nor moved.
+        file_bytes: the file's length.
+        file: its name, for messages.
+        shard: the number that the specs carry.
+
+    Returns:
+        The tensors in the order of their bytes, and what is in the file besides them, in sentences.
+
+    Raises:
+        HeaderError: the file breaks the format, or is truncated.
+        UnsupportedFormatError: another format, something else than a dict of tensors, or a dtype without a name in the
+            safetensors format.
+        ReadError: the operating system refused the read.
+    """
+    start = read_exactly(fd, min(file_bytes, len(_OLD)), 0, file)
+    if start.startswith(b"PK"):
+        value, begins = _read_archive(fd, file_bytes, file)
+    elif start == _OLD:
+        value, begins = _read_old(fd, file_bytes, file)
+    else:
+        raise UnsupportedFormatError(
+            "not a file of torch.save", file=file, expected="a zip archive, or torch's older layout", actual=start[:4]
+        )
+    tensors, notes = _find_tensors(value, file)
+    specs = [_describe(name, tensor, begins, file, shard) for name, tensor in tensors.items()]
+    specs.sort(key=lambda spec: (spec.begin, spec.end))
+    return specs, notes
+
+
+def _read_archive(fd: int, file_bytes: int, file: str) -> tuple[object, dict[str, int]]:
+    """Return what the archive's pickle stands for, and where the storages begin that it mentions."""
+    archive = Archive(fd, file_bytes, file=file)
+    prefix, records = archive.prefix, archive.records
+    pickled = f"{prefix}/data.pkl"
+    if f"{prefix}/constants.pkl" in records:
+        raise UnsupportedFormatError("a TorchScript archive", file=file, hint="Save the module's state_dict instead")
+    if pickled not in records or f"{prefix}/version" not in records:
+        raise UnsupportedFormatError("a zip archive, but not one of torch.save", file=file, expected=pickled)
+    if records[pickled].num_bytes > MAX_PICKLE_BYTES:
+        _refuse(
+            "the pickle is too long", file, f"at most {MAX_PICKLE_BYTES} bytes", f"{records[pickled].num_bytes} bytes"
+        )
+    _check_small_records(archive, file)
+    try:
+        value, end, storages = read_pickle(archive.read(pickled), file=file)
+    except EndOfDataError as exc:
+        raise HeaderError("the pickle has no end", file=file, hint="The file is damaged: fetch it again") from exc
+    if end != records[pickled].num_bytes:
+        _refuse("the pickle is followed by something else", file, f"{records[pickled].num_bytes} bytes", f"{end} bytes")
+    begins: dict[str, int] = {}
+    for key, storage in storages.items():
+        name = f"{prefix}/data/{key}"
+        size = _storage_bytes(storage, file)
+        found = records[name].num_bytes if name in records else None
+        if found != size:
+            _refuse(f"the record {name[:100]} is not as long as the pickle says", file, f"{size} bytes", found)
+        begins[key] = archive.locate(name)
+    return value, begins
+
+
+def _check_small_records(archive: Archive, file: str) -> None:
+    """Check what torch looks at beside the pickle and the storages."""
+    for name, record in archive.records.items():
+        kind = name.removeprefix(f"{archive.prefix}/")
+        if kind.startswith("data/"):
+            continue
+        archive.locate(name)
+        if kind == "byteorder" and (record.num_bytes != 6 or archive.read(name) != b"little"):
+            raise UnsupportedFormatError(
+                "the file's numbers are not little-endian", file=file, hint="Save it again here"
+            )
+        if kind in _NUMBERS and (record.num_bytes > 16 or not archive.read(name).strip().isdigit()):
+            _refuse(f"the record {name} is not a number", file, None, None)
+
+
+def _read_old(fd: int, file_bytes: int, file: str) -> tuple[object, dict[str, int]]:
+    """Return what the file's pickle stands for, and where the storages begin: they follow the pickles, in this order."""
+    system, value, storages, keys, position = _read_old_pickles(fd, file_bytes, file)
+    if not isinstance(system, dict) or cast("dict[object, object]", system).get("little_endian") is not True:
+        raise UnsupportedFormatError("the file's numbers are not little-endian", file=file, hint="Save it again here")
+    listed = cast("list[object]", keys) if isinstance(keys, list) else []
+    if len(listed) != len(storages) or not all(isinstance(key, str) and key in storages for key in listed):
+        _refuse("the list of storages is not that of the pickle", file, f"{len(storages)} keys", f"{len(listed)}")
+    begins: dict[str, int] = {}
+    for key in cast("list[str]", listed):
+        storage = storages[key]
+        if storage.is_untyped:  # torch writes it, and cannot read it
+            raise UnsupportedFormatError("an untyped storage in the older layout", file=file, hint="Save it again")
+        if position + 8 > file_bytes:
+            _refuse("the file is truncated", file, f"{position + 8} bytes or more", f"{file_bytes} bytes")
+        count = int.from_bytes(read_exactly(fd, 8, position, file), "little")
+        if count != storage.num_elements:
+            _refuse(f"the storage {key[:100]} has another length", file, f"{storage.num_elements} elements", count)
+        begins[key] = position + 8
+        position += 8 + _storage_bytes(storage, file)
+    if position != file_bytes or len(begins) != len(listed):
+        _refuse("the file is truncated, or longer than it says", file, f"{position} bytes", f"{file_bytes} bytes")
+    return value, begins
+
+
+def _read_old_pickles(fd: int, file_bytes: int, file: str) -> tuple[object, object, dict[str, Storage], object, int]:
+    """Return about the writer's machine, what was saved, its storages, the list of their keys, and where that ends."""
+    length = _FIRST_BYTES
+    while True:  # nothing says how long the pickles are
+        raw = read_exactly(fd, min(length, file_bytes), 0, file)
+        try:
+            system, position, _ = read_pickle(raw, len(_OLD), file=file)
+            value, position, storages = read_pickle(raw, position, file=file)
+            keys, position, _ = read_pickle(raw, position, file=file)
+        except EndOfDataError as exc:
+            if length >= min(file_bytes, MAX_PICKLE_BYTES):
+                raise HeaderError(
+                    "the pickles have no end",
+                    file=file,
+                    expected=f"at most {MAX_PICKLE_BYTES} bytes",
+                    hint="The file is damaged: fetch it again",
+                ) from exc
+            length *= 8
+            continue
+        return system, value, storages, keys, position
+
+
+def _storage_bytes(storage: Storage, file: str) -> int:
+    if storage.is_untyped:
+        return storage.num_elements
+    if storage.dtype not in DTYPE_BITS:
+        raise UnsupportedFormatError("a storage of a dtype that cannot be loaded", file=file, actual=storage.dtype)
+    return storage.num_elements * DTYPE_BITS[storage.dtype] // 8
+
+
+def _find_tensors(value: object, file: str) -> tuple[dict[str, PickledTensor], list[str]]:
+    """Return the state dict: the one that trainers put under a name of its own, or the whole."""
+    if not isinstance(value, dict):
+        raise UnsupportedFormatError("not a dict of tensors", file=file, actual=type(value).__name__)
+    whole = cast("dict[object, object]", value)
+    for key in _STATE_KEYS:
+        inner = whole.get(key)
+        if isinstance(inner, dict):
+            tensors = _tensors_of(cast("dict[object, object]", inner))
+            if tensors:
+                return _named(tensors, file), _left_out(file, key, whole, {key}) + _left_out(
+                    file, None, cast("dict[object, object]", inner), tensors
+                )
+    tensors = _tensors_of(whole)
+    if not tensors and whole:
+        raise UnsupportedFormatError(
+            "no tensors are in the dict, nor in one inside it with a usual name",
+            file=file,
+            expected="name -> tensor, there or under " + ", ".join(_STATE_KEYS),
+            actual=_some(whole),
+            hint="Save the state_dict alone",
+        )
+    return _named(tensors, file), _left_out(file, None, whole, tensors)
+
+
+def _tensors_of(found: dict[object, object]) -> dict[object, PickledTensor]:
+    return {key: value for key, value in found.items() if isinstance(value, PickledTensor)}
+
+
+def _named(tensors: Mapping[object, PickledTensor], file: str) -> dict[str, PickledTensor]:
+    for key in tensors:
+        if not isinstance(key, str):
+            raise UnsupportedFormatError("a tensor's name is not a string", file=file, actual=repr(key))
+    return cast("dict[str, PickledTensor]", dict(tensors))
+
+
+def _left_out(file: str, inside: str | None, whole: Mapping[object, object], taken: object) -> list[str]:
+    rest = [key for key in whole if key not in cast("set[object]", taken)]
+    where = f"taken from under {inside!r} in {file}" if inside is not None else file
+    if not rest:
+        return [f"format: {where}"] if inside is not None else []
+    return [f"format: {where}; left out, as they are no tensors: {_some(rest)}"]
+
+
+def _describe(name: str, tensor: PickledTensor, begins: dict[str, int], file: str, shard: int) -> TensorSpec:
+    """Turn what a pickle says about a tensor into the bytes that it is, and check that they are the storage's."""
+    dtype, shape, storage = tensor.dtype, tensor.shape, tensor.storage
+    bits = DTYPE_BITS.get(dtype)
+    if bits is None:
+        raise UnsupportedFormatError("a dtype that cannot be loaded", file=file, tensor=name, actual=dtype)
+    if not storage.is_untyped and storage.dtype != dtype:
+        _refuse("the tensor has another dtype than its storage", file, storage.dtype, dtype, name)
+    itemsize = 1 if dtype == "F4" else bits // 8
+    if len(shape) != len(tensor.stride) or len(shape) > MAX_RANK or math.prod(shape) * itemsize > _MAX_INT:
+        _refuse("shape and strides do not fit each other, or overflow", file, None, str(shape[:8]), name)
+    span = 0
+    if 0 not in shape:
+        span = 1 + sum((size - 1) * stride for size, stride in zip(shape, tensor.stride, strict=True))
+    available = storage.num_elements // itemsize if storage.is_untyped else storage.num_elements
+    if tensor.offset + span > available:
+        _refuse("the tensor is not inside its storage", file, f"{available} elements", tensor.offset + span, name)
+    begin = begins[storage.key] + tensor.offset * itemsize
+    stride = None if _is_contiguous(shape, tensor.stride) else tensor.stride
+    if dtype == "F4" and shape:  # two to an element of torch's
+        shape = (*shape[:-1], shape[-1] * 2)
+    return TensorSpec(name, dtype, shape, shard, begin, begin + span * itemsize, stride)
+
+
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1 and step != expected:
+            return 0 in shape
+        expected *= size
+    return True
+
+
+def _some(keys: Mapping[object, object] | list[object]) -> str:
+    listed = [str(key) for key in keys]
+    more = len(listed) - 5
+    return ", ".join(listed[:5]) + (f" and {more} more" if more > 0 else "")
+
+
+def _refuse(what: str, file: str, expected: object, actual: object, tensor: str | None = None) -> NoReturn:
+    raise HeaderError(what, file=file, tensor=tensor, expected=expected, actual=actual, hint="Fetch the file again")
