@@ -3,7 +3,7 @@
 WeightstreamError
 ├── CheckpointError            what is on disk is not a usable checkpoint
 │   ├── MissingShardError      the index names a file that is not there
-│   ├── HeaderError            a safetensors header breaks the format, or the file is shorter or longer than it says
+│   ├── HeaderError            what a file says of itself breaks its format, or does not fit its length
 │   ├── IndexMismatchError     the index and the shards' headers disagree
 │   └── UnsupportedFormatError a format or dtype that cannot be loaded
 ├── PlacementError             the checkpoint does not fit the model, or the model does not fit the device
@@ -116,7 +116,7 @@ class MissingShardError(CheckpointError):
 
 
 class HeaderError(CheckpointError):
-    """Raised when a safetensors header breaks the format or does not match the length of its file."""
+    """Raised when what a file says of itself breaks its format or does not match its length."""
 
 
 class IndexMismatchError(CheckpointError):
