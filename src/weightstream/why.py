@@ -58,8 +58,12 @@ def explain(report: LoadReport, *, reading: str | None = None) -> str:
     """
     bound, waits = find_bound(report.phases), _waits(report.phases)
     total = sum(waits.values()) or 1.0
-    others = sorted((name for name in waits if name != bound), key=lambda name: -waits[name])
-    also = [f"{waits[name] / total:.0%} for {_NAMES[name]}" for name in others if waits[name] > _WORTH_A_WORD * total]
+    by_time = sorted(waits, key=lambda name: -waits[name])
+    also = [
+        f"{waits[name] / total:.0%} for {_NAMES[name]}"
+        for name in by_time
+        if name != bound and waits[name] > _WORTH_A_WORD * total
+    ]
     times = ", ".join([f"{waits[bound] / total:.0%} of the time", *also])
     advice = reading if bound == "disk" and reading is not None else _advice(bound, report)
     downgrades = [said for said in report.fallbacks if any(word in said for word in _CONCERNS.get(bound, ()))]

@@ -1,5 +1,8 @@
 """A timeline as one page that needs nothing else, by bokeh, whose JavaScript lies in it. It zooms, and tells about bars."""
 
+# pyright: basic
+# bokeh leaves much of itself without types.
+
 from __future__ import annotations
 
 import html

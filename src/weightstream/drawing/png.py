@@ -1,5 +1,8 @@
 """A timeline as a picture, by matplotlib."""
 
+# pyright: basic
+# matplotlib leaves much of itself without types.
+
 from __future__ import annotations
 
 import io
