@@ -20,7 +20,10 @@ _IMPORTS = ("weightstream.api", "weightstream.config")
 
 
 def _config(case: Case, strategy: str) -> ws.LoaderConfig:
-    return ws.LoaderConfig.model_validate({"strategy": strategy, "device": {"target": str(case.device)}})
+    sections: dict[str, object] = {"strategy": strategy, "device": {"target": str(case.device)}}
+    if strategy == "preload":
+        sections["prefetch"] = {"host_memory": 2 * case.num_bytes}
+    return ws.LoaderConfig.model_validate(sections)
 
 
 def _configure(case: Case, *, strategy: str) -> None:
@@ -77,6 +80,20 @@ def _configure_staging(case: Case) -> None:
 
 _stream = functools.partial(_configure, strategy="stream")
 
+
+def _strategy(strategy: str, *, allocated: bool = False) -> Arm:
+    """A strategy beside `stream` and `map`, from meta or into parameters that have storage."""
+    return Arm(
+        f"ws-{strategy}{'-allocated' if allocated else ''}",
+        f"weightstream {strategy}",
+        "weightstream",
+        _load_sync,
+        begins="allocated" if allocated else "meta",
+        imports=_IMPORTS,
+        prepare=functools.partial(_configure, strategy=strategy),
+    )
+
+
 ARMS = (
     Arm("ws-stream", "weightstream stream", "weightstream", _load_sync, imports=_IMPORTS, prepare=_stream),
     Arm(
@@ -105,6 +122,12 @@ ARMS = (
         prepare=functools.partial(_configure, strategy="map"),
         devices=("cpu",),
     ),
+    _strategy("auto"),
+    _strategy("preload"),
+    _strategy("direct"),
+    _strategy("auto", allocated=True),
+    _strategy("preload", allocated=True),
+    _strategy("direct", allocated=True),
     Arm(
         "ws-llama",
         "weightstream build_on_meta, stream",

@@ -14,10 +14,11 @@ from weightstream.device.stage import DeviceStage
 from weightstream.errors import MemoryBudgetError
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
+from weightstream.prefetch.source import Source
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.plan import Chunk
-from weightstream.scheduler.sinks import Prepared, prepare_delivery
-from weightstream.scheduler.strategy import asked_for
+from weightstream.scheduler.sinks import Delivery, Prepared
+from weightstream.scheduler.survey import choose
 
 __all__ = ["ConsumerSink", "drain"]
 
@@ -55,9 +56,14 @@ class ConsumerSink:
     def prefetch_config(self) -> PrefetchConfig:
         return self._engine.config.prefetch
 
-    def prepare(self, checkpoint: Checkpoint) -> Prepared:
-        decision = asked_for(self._engine.config.strategy)
-        return prepare_delivery(self._engine, checkpoint, self._engine.default_device(), decision)
+    def prepare(self, checkpoint: Checkpoint, source: Source) -> Prepared:
+        engine = self._engine
+        ours = Delivery(engine, checkpoint, engine.default_device())
+        placement, backend = ours.placement, ours.backend
+        decision, plan = choose(
+            engine, checkpoint, source, ours.specs, placement.places, backend, ours.plan, delivers=True
+        )
+        return Prepared(placement, backend, plan, decision)
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
         """Take the window: with `preload` room for everything, with `direct` for the largest block alone.

@@ -30,7 +30,8 @@ from weightstream.prefetch.tuner import Setting
 from weightstream.scheduler.clock import Clock, SystemClock
 from weightstream.scheduler.config import Settings
 from weightstream.scheduler.plan import LoadPlan
-from weightstream.scheduler.strategy import DIRECT_SLOTS, ChosenStrategy, OwnSlots, slots_of_own
+from weightstream.scheduler.slots import DIRECT_SLOTS, OwnSlots, slots_of_own
+from weightstream.scheduler.strategy import ChosenStrategy
 
 __all__ = ["Engine", "Machine", "OpenSource"]
 

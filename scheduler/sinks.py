@@ -14,13 +14,16 @@ from weightstream.device.stage import DeviceStage
 from weightstream.errors import PlacementError
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
+from weightstream.prefetch.source import Source
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.plan import Chunk, LoadPlan, make_plan
-from weightstream.scheduler.strategy import ChosenStrategy, Decision, asked_for, chunk_bytes
+from weightstream.scheduler.slots import chunk_bytes
+from weightstream.scheduler.strategy import ChosenStrategy, Decision
+from weightstream.scheduler.survey import choose
 from weightstream.scheduler.verification import whole_shards
 from weightstream.scheduler.wanted import Wanted
 
-__all__ = ["ModelSink", "NowhereSink", "Prepared", "Sink", "prepare_delivery"]
+__all__ = ["Delivery", "ModelSink", "NowhereSink", "Prepared", "Sink"]
 
 #: Tensors of this size or more have storage of their own, smaller ones share blocks of the second size. Not measured:
 #: one copy of 1 MiB takes some 20 us on a 53 GB/s bus, several times what submitting it costs.
@@ -49,8 +52,8 @@ class Sink(Protocol):
     @property
     def prefetch_config(self) -> PrefetchConfig: ...
 
-    def prepare(self, checkpoint: Checkpoint) -> Prepared:
-        """Decide where every tensor goes, or fail; change nothing."""
+    def prepare(self, checkpoint: Checkpoint, source: Source) -> Prepared:
+        """Decide where every tensor goes, and how, or fail; change nothing, read nothing."""
         ...
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
@@ -95,7 +98,7 @@ class ModelSink:
     def prefetch_config(self) -> PrefetchConfig:
         return self._engine.config.prefetch
 
-    def prepare(self, checkpoint: Checkpoint) -> Prepared:
+    def prepare(self, checkpoint: Checkpoint, source: Source) -> Prepared:
         assert self._model is not None
         config = self._engine.config
         self._wanted = wanted = Wanted(checkpoint, config.device)
@@ -103,18 +106,21 @@ class ModelSink:
             placement = match(self._model, wanted.tensors, config.device, self._engine.default_device())
         backend = self._engine.backend(placement.device)
         specs = [wanted.tensors[place.name] for place in placement.places]
-        decision = asked_for(config.strategy)
-        plan = make_plan(
-            specs,
-            placement.places,
-            lands=backend.lands,
-            chunk_bytes=chunk_bytes(config.prefetch.chunk, specs, decision.strategy),
-            own_bytes=_OWN_BYTES,
-            block_bytes=_BLOCK_BYTES,
-            order=config.scheduler.order,
-            mapped=_mapped(checkpoint, backend, decision),
-            whole=whole_shards(checkpoint, side_by_side=config.scheduler.order == "model"),
-        )
+
+        def make(decision: Decision) -> LoadPlan:
+            return make_plan(
+                specs,
+                placement.places,
+                lands=backend.lands,
+                chunk_bytes=chunk_bytes(config.prefetch.chunk, specs, decision.strategy),
+                own_bytes=_OWN_BYTES,
+                block_bytes=_BLOCK_BYTES,
+                order=config.scheduler.order,
+                mapped=_mapped(checkpoint, backend, decision),
+                whole=whole_shards(checkpoint, side_by_side=config.scheduler.order == "model"),
+            )
+
+        decision, plan = choose(self._engine, checkpoint, source, specs, placement.places, backend, make)
         return Prepared(placement, backend, plan, decision)
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
@@ -160,10 +166,11 @@ class NowhereSink:
         """Buffered, and kept, whatever was asked for: the page cache is all that is filled."""
         return self._engine.config.prefetch.model_copy(update={"io": "buffered", "page_cache": "keep"})
 
-    def prepare(self, checkpoint: Checkpoint) -> Prepared:
+    def prepare(self, checkpoint: Checkpoint, source: Source) -> Prepared:
+        delivery = Delivery(self._engine, checkpoint, torch.device("meta"))
         strategy: ChosenStrategy = "direct" if self._engine.config.strategy == "direct" else "stream"
         decision = Decision(strategy, "what is only read needs no more than a bounded ring")
-        return prepare_delivery(self._engine, checkpoint, torch.device("meta"), decision)
+        return Prepared(delivery.placement, delivery.backend, delivery.plan(decision), decision)
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
         """Nothing to get ready."""
@@ -202,25 +209,30 @@ def _mapped(checkpoint: Checkpoint, backend: Backend, decision: Decision) -> lis
     return [shard.num_bytes for shard in checkpoint.shards]
 
 
-def prepare_delivery(engine: Engine, checkpoint: Checkpoint, device: torch.device, decision: Decision) -> Prepared:
-    """Plan a load without a model: blocks no larger than a chunk, large tensors in chunks of their own."""
-    config = engine.config
-    wanted = Wanted(checkpoint, config.device)
-    specs = list(wanted.tensors.values())
-    size = chunk_bytes(config.prefetch.chunk, specs, decision.strategy)
-    backend = engine.backend(device)
-    with wanted.locating():
-        placement = deliver(wanted.tensors, config.device, device)
-    plan = make_plan(
-        specs,
-        placement.places,
-        lands=backend.lands,
-        chunk_bytes=size,
-        own_bytes=size,
-        block_bytes=size,
-        order="file",
-        isolate_large=True,
-        mapped=_mapped(checkpoint, backend, decision),
-        whole=whole_shards(checkpoint, side_by_side=device.type == "meta"),
-    )
-    return Prepared(placement, backend, plan, decision)
+class Delivery:
+    """A load without a model: blocks no larger than a chunk, large tensors in chunks of their own."""
+
+    def __init__(self, engine: Engine, checkpoint: Checkpoint, device: torch.device) -> None:
+        wanted = Wanted(checkpoint, engine.config.device)
+        self.specs = list(wanted.tensors.values())
+        self.backend = engine.backend(device)
+        with wanted.locating():
+            self.placement = deliver(wanted.tensors, engine.config.device, device)
+        self._checkpoint = checkpoint
+        self._chunk = engine.config.prefetch.chunk
+
+    def plan(self, decision: Decision) -> LoadPlan:
+        """Make the plan for a strategy."""
+        size = chunk_bytes(self._chunk, self.specs, decision.strategy)
+        return make_plan(
+            self.specs,
+            self.placement.places,
+            lands=self.backend.lands,
+            chunk_bytes=size,
+            own_bytes=size,
+            block_bytes=size,
+            order="file",
+            isolate_large=True,
+            mapped=_mapped(self._checkpoint, self.backend, decision),
+            whole=whole_shards(self._checkpoint, side_by_side=self.backend.device.type == "meta"),
+        )

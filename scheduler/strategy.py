@@ -1,27 +1,23 @@
-"""Strategies: which there are, which one a load takes, and what follows from that for its chunks and slots.
+"""Strategies: which there are, and which one `auto` takes.
 
-Pure: numbers and plans in, decisions out.
+The decision is a pure function of a `Situation`, which `survey` finds out. docs/strategies.md has it as a table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
-from weightstream.device.layout import padded
-from weightstream.prefetch.memory import PAGE_BYTES
-from weightstream.scheduler.config import Strategy
-from weightstream.scheduler.plan import LoadPlan
+from weightstream.prefetch.filesystem import FileSystem
 
-__all__ = ["DIRECT_SLOTS", "ChosenStrategy", "Decision", "OwnSlots", "asked_for", "chunk_bytes", "slots_of_own"]
+__all__ = ["ChosenStrategy", "Decision", "Situation", "decide"]
 
 #: What a load really does.
 ChosenStrategy = Literal["stream", "preload", "direct", "map"]
 
-#: Slots for direct reads of a load that may or may not come to use them. Not measured: eight are read into while eight
-#: are copied from.
-DIRECT_SLOTS = 16
+#: So much of the checkpoint is in the page cache where it counts as being there. Not measured: what is missing is brought
+#: in while parameters are bound.
+_RESIDENT = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,67 +28,93 @@ class Decision:
     reason: str
 
 
-class Sized(Protocol):
-    """Something with a number of bytes: a tensor of a checkpoint."""
-
-    @property
-    def num_bytes(self) -> int: ...
-
-
-def asked_for(strategy: Strategy) -> Decision:
-    """Decide what the configuration has decided."""
-    if strategy == "auto":
-        return Decision(
-            "stream", "auto: bounded host memory, read while what has been read is placed, which every device can take"
-        )
-    return Decision(strategy, "asked for")
-
-
-def chunk_bytes(chunk: int, tensors: Iterable[Sized], strategy: ChosenStrategy) -> int:
-    """Return how large chunks may be: as configured, and with `direct` no larger than the largest tensor."""
-    if strategy != "direct":
-        return chunk
-    return min(chunk, _whole_pages(max((padded(tensor.num_bytes) for tensor in tensors), default=1)))
-
-
 @dataclass(frozen=True, slots=True)
-class OwnSlots:
-    """The ring of a load that has one of its own.
+class Situation:
+    """What `auto` decides on.
 
     Attributes:
-        slot_bytes: of each slot.
-        least, most: how many slots it needs, and how many it can use.
-        optional: it needs them for direct reads alone, which it can do without.
+        device: where tensors go; `is_host`: whether that is host memory.
+        num_bytes: of the tensors that are wanted.
+        new_bytes: of the storage that the loader makes for them, on the device.
+        in_place: whether some of them go into storage that the model has.
+        can_stay: whether they can be views of the mapped files: on the CPU, for parameters on meta, without a cast.
+        staged_bytes: how much of them goes through slots; `preload_bytes`: what slots for all of that at once take.
+        host_memory_bytes: what `prefetch.host_memory` allows, `left_bytes` of which nobody has taken.
+        held_bytes: how large the ring is that the loader has already. `chunk_bytes`: `prefetch.chunk`.
+        free_host_bytes: what the machine, or its control group, has left; `num_ranks` processes on it share that.
+        free_device_bytes: None: unknown, or the host.
+        file_system: what the checkpoint is on.
+        resident_share: how much of it is in the page cache, 0.0 to 1.0; None: unknown, or of no interest.
     """
 
-    slot_bytes: int
-    least: int
-    most: int
-    optional: bool
+    device: str
+    is_host: bool
+    num_bytes: int
+    new_bytes: int
+    in_place: bool
+    can_stay: bool
+    staged_bytes: int
+    preload_bytes: int
+    host_memory_bytes: int
+    left_bytes: int
+    held_bytes: int
+    chunk_bytes: int
+    free_host_bytes: int
+    free_device_bytes: int | None
+    num_ranks: int
+    file_system: FileSystem
+    resident_share: float | None
 
     @property
-    def needed_bytes(self) -> int:
-        return self.least * self.slot_bytes
+    def share_bytes(self) -> int:
+        """This process's share of the host's free memory."""
+        return self.free_host_bytes // self.num_ranks
+
+    @property
+    def room_bytes(self) -> int:
+        """What of it is left beside weights that are in host memory."""
+        return self.share_bytes - (self.new_bytes if self.is_host else 0)
+
+    @property
+    def ring_bytes(self) -> int:
+        """What `stream` stages with."""
+        return min(self.staged_bytes, self.host_memory_bytes)
 
 
-def slots_of_own(
-    plan: LoadPlan, strategy: Literal["preload", "direct"], io: Literal["auto", "buffered", "direct"]
-) -> OwnSlots:
-    """Return what ring a plan needs: a slot for every chunk that waits in one (`preload`), or one slot (`direct`).
-
-    Chunks that are read directly into host memory where they stay pass through slots, too. With `preload` there is one
-    for them beside all those that are filled and wait, or everybody would wait.
-    """
-    held = sum(1 for chunk in plan.chunks if chunk.transfer.slot_bytes)
-    passing = 0 if io == "buffered" else len(plan.chunks) - held
-    whole = [chunk.num_bytes + 2 * PAGE_BYTES for chunk in plan.chunks] if io != "buffered" else []
-    slot_bytes = _whole_pages(max([1, *whole, *(chunk.transfer.slot_bytes for chunk in plan.chunks)]))
-    if strategy == "direct":
-        least = most = min(1, held + passing)
-    else:
-        least, most = held + min(1, passing), held + min(DIRECT_SLOTS, passing)
-    return OwnSlots(slot_bytes, least, most, optional=not held and io == "auto")
+def decide(situation: Situation) -> Decision:
+    """Choose a strategy."""
+    strategy, why = _choose(situation)
+    return Decision(strategy, f"auto: {why} ({_facts(situation)})")
 
 
-def _whole_pages(num_bytes: int) -> int:
-    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
+def _choose(s: Situation) -> tuple[ChosenStrategy, str]:  # noqa: PLR0911 (one line for each row of the table)
+    can_map = s.can_stay and s.file_system.kind != "network"
+    if can_map and s.file_system.kind == "memory":
+        return "map", "the files are in memory already, and a copy would double them"
+    if can_map and s.resident_share is not None and s.resident_share >= _RESIDENT:
+        return "map", "the page cache has the files, and parameters can be views of them without a copy"
+    if can_map and s.num_bytes > s.share_bytes:
+        return "map", "the weights are larger than the free memory, and pages of a mapped file need not all be there"
+    if s.staged_bytes and s.room_bytes < s.ring_bytes - s.held_bytes:
+        return "direct", f"host memory has no room for a ring of {_size(s.ring_bytes)}"
+    if s.free_device_bytes is not None and s.free_device_bytes - s.new_bytes < 2 * s.chunk_bytes:
+        return "direct", f"beside the weights the device has no room for two chunks of {_size(s.chunk_bytes)}"
+    fits = s.preload_bytes <= min(s.left_bytes, s.room_bytes // 2)
+    if s.in_place and s.file_system.kind == "network" and fits:
+        return "preload", "parameters that are in use are not written to before every byte has come over the network"
+    if not s.staged_bytes:
+        return "stream", "readers fill the parameters' own memory, which needs no copy"
+    return "stream", f"reading and copying overlap, through a ring of at most {_size(s.ring_bytes)}"
+
+
+def _facts(s: Situation) -> str:
+    kind = "" if s.file_system.kind == "memory" else f", {s.file_system.kind}"
+    cache = "" if s.resident_share is None else f", {s.resident_share:.0%} in the page cache"
+    ranks = "" if s.num_ranks == 1 else f" for {s.num_ranks} ranks"
+    device = "" if s.free_device_bytes is None else f", {_size(s.free_device_bytes)} free on {s.device}"
+    where = f"{_size(s.num_bytes)} for {s.device}, on {s.file_system.name}{kind}{cache}"
+    return f"{where}; {_size(s.free_host_bytes)} of host memory free{ranks}{device}"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

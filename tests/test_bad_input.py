@@ -34,7 +34,11 @@ FIRST, SECOND = shard_name(0, 2), shard_name(1, 2)
 def make_config(**device: object) -> ws.LoaderConfig:
     """Small chunks, so that a load has many reads; one thread, so that their order is known."""
     return ws.LoaderConfig.model_validate(
-        {"prefetch": {"workers": 1, "chunk": 64 * KIB, "host_memory": 2**20}, "device": {"target": "cpu", **device}}
+        {
+            "strategy": "stream",
+            "prefetch": {"workers": 1, "chunk": 64 * KIB, "host_memory": 2**20},
+            "device": {"target": "cpu", **device},
+        }
     )
 
 

@@ -27,7 +27,7 @@ from weightstream.prefetch.checkpoint import open_checkpoint
 from weightstream.prefetch.memory import PAGE_BYTES, allocate, available_bytes, usable_cores
 from weightstream.summary import print_facts, print_title
 from weightstream.verdict import Findings, Kind, Row, Sample
-from weightstream.warm import in_thread
+from weightstream.warm import in_thread, reading
 
 if TYPE_CHECKING:
     import torch
@@ -159,7 +159,7 @@ def _examine(config: LoaderConfig, *, num_runs: int, is_cold: bool) -> Subject:
         specs = tuple(checkpoint.tensors.values())
     device = target_device(config.device.target)
     torch.empty(1, device=device)  # starts the driver, which is no part of loading
-    subject = Subject(config, checkpoint.path, paths, specs, device, num_runs, is_cold)
+    subject = Subject(reading(config), checkpoint.path, paths, specs, device, num_runs, is_cold)
     available = available_bytes()
     if subject.needed_bytes > available:
         raise MemoryBudgetError(

@@ -24,7 +24,7 @@ from weightstream.display import Display, MeterUpdate, Output, format_bytes
 from weightstream.errors import IntegrityError, WeightstreamError
 from weightstream.shutdown import Shutdown
 from weightstream.summary import print_facts, print_report, shell_path
-from weightstream.warm import follow, in_thread
+from weightstream.warm import follow, in_thread, reading
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,7 +50,8 @@ async def show(display: Display, shutdown: Shutdown, *, fresh: bool) -> None:
         DemoError: it cannot be written.
         WeightstreamError: the load failed, or the loaded bytes are wrong.
     """
-    config = LoaderConfig(device={"dtype": "model", "strict": True})  # type: ignore[arg-type]  # a mapping leaves the rest
+    given = LoaderConfig(device={"dtype": "model", "strict": True})  # type: ignore[arg-type]  # a mapping leaves the rest
+    config = reading(given)
     with display.step("importing torch"):
         await in_thread(importlib.import_module, "weightstream.api")
         await in_thread(importlib.import_module, "weightstream.toy")

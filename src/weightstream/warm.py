@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from weightstream.scheduler.handle import LoadHandle
     from weightstream.scheduler.report import LoadReport
 
-__all__ = ["Destination", "follow", "in_thread", "warm"]
+__all__ = ["Destination", "follow", "in_thread", "reading", "warm"]
 
 T = TypeVar("T")
 
@@ -32,6 +32,11 @@ Destination = Literal["page-cache", "host", "device"]
 async def in_thread(function: Callable[..., T], *args: object) -> T:
     """Call a function on another thread, which is left behind if the waiting task is cancelled."""
     return await anyio.to_thread.run_sync(functools.partial(function, *args), abandon_on_cancel=True)
+
+
+def reading(config: LoaderConfig) -> LoaderConfig:
+    """Return the settings of a load that shows or measures how bytes are read: `stream`, where `auto` might map them."""
+    return config.model_copy(update={"strategy": "stream"}) if config.strategy == "auto" else config
 
 
 async def follow(handle: LoadHandle, display: Display, names: tuple[str, ...]) -> LoadReport:

@@ -44,7 +44,7 @@ def test_summary_says_what_happened(weightstream: Run, config: Path, checkpoint:
     assert facts["checkpoint"] == "model/model.safetensors.index.json" or facts["checkpoint"].startswith(
         str(checkpoint)
     )
-    assert facts["strategy"].startswith("stream: ")
+    assert facts["strategy"].startswith("map: auto: the page cache has the files")
     assert facts["dtype"] == "float32"
     phases = lines[lines.index("Where the time went") + 1 :]
     assert [line.split()[0] for line in phases] == ["preflight", "disk", "copy", "bind", "other"]
@@ -343,3 +343,15 @@ def test_nothing_to_load_is_no_error(weightstream: Run, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, {"a": torch.zeros(0, 3)})
     (tmp_path / "config.yaml").write_text(f"checkpoint: {tmp_path}\n")
     assert weightstream("warm", tmp_path / "config.yaml", "--to", "page-cache").code == 0
+
+
+@pytest.mark.parametrize("strategy", ["stream", "preload", "direct", "map"])
+def test_variable_chooses_the_strategy(
+    weightstream: Run, config: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    """`WEIGHTSTREAM_STRATEGY=direct` is our `AD_DISABLE_PRELOAD=1`; the library's test is in scheduler/test_strategies."""
+    monkeypatch.setenv("WEIGHTSTREAM_STRATEGY", strategy)
+    result = weightstream("warm", config, "--json")
+    assert result.code == 0
+    report = report_of(result.out)
+    assert (report["strategy"], report["reason"]) == (strategy, "asked for")

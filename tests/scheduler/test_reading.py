@@ -124,7 +124,7 @@ async def test_number_of_workers_that_was_asked_for_is_kept(make_rig: MakeRig, t
 def test_what_is_in_the_page_cache_is_read_from_there(large: tuple[dict[str, torch.Tensor], Path]) -> None:
     tensors, path = large
     model = meta_model(tensors)
-    report = ws.load_sync(model, path, config=ws.LoaderConfig(device={"target": "cpu"}))  # type: ignore[arg-type]
+    report = ws.load_sync(model, path, config=ws.LoaderConfig(strategy="stream", device={"target": "cpu"}))  # type: ignore[arg-type]
     assert_loaded(model, tensors)
     assert report.decisions[0] == "page cache: 2 of 2 chunks are in it and are read from there"
     assert report.fallbacks == ()

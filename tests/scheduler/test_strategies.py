@@ -278,3 +278,18 @@ def test_every_strategy_has_the_same_errors(
     with pytest.raises(error):
         ws.load_sync(model, path, config=config)
     assert all(buffer.is_meta for buffer in model.buffers())
+
+
+def test_variable_chooses_the_strategy(
+    monkeypatch: pytest.MonkeyPatch, tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """One command for a host with little memory, where no code is changed."""
+    path = write_checkpoint(tmp_path, tensors)
+    model = model_for(tensors, "storage")
+    monkeypatch.setenv("WEIGHTSTREAM_STRATEGY", "direct")
+    monkeypatch.setenv("WEIGHTSTREAM_DEVICE__TARGET", "cpu")
+    report = ws.load_sync(model, path)
+    assert_loaded(model, tensors)
+    assert (report.strategy, report.reason) == ("direct", "asked for")
+    assert report.host_peak_bytes <= 152 * KIB  # the largest tensor, in whole pages
+    assert ws.load_sync(model, path, config=ws.LoaderConfig(strategy="stream")).strategy == "stream"

@@ -1,0 +1,75 @@
+"""Slots: how many a load needs that has a ring of its own, and how large its chunks are then. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from weightstream.device.layout import padded
+from weightstream.prefetch.memory import PAGE_BYTES
+from weightstream.scheduler.plan import LoadPlan
+from weightstream.scheduler.strategy import ChosenStrategy
+
+__all__ = ["DIRECT_SLOTS", "OwnSlots", "chunk_bytes", "slots_of_own"]
+
+#: Slots for direct reads of a load that may or may not come to use them. Not measured: eight are read into while eight
+#: are copied from.
+DIRECT_SLOTS = 16
+
+
+class Sized(Protocol):
+    """Something with a number of bytes: a tensor of a checkpoint."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+def chunk_bytes(chunk: int, tensors: Iterable[Sized], strategy: ChosenStrategy) -> int:
+    """Return how large chunks may be: as configured, and with `direct` no larger than the largest tensor."""
+    if strategy != "direct":
+        return chunk
+    return min(chunk, _whole_pages(max((padded(tensor.num_bytes) for tensor in tensors), default=1)))
+
+
+@dataclass(frozen=True, slots=True)
+class OwnSlots:
+    """The ring of a load that has one of its own.
+
+    Attributes:
+        slot_bytes: of each slot.
+        least, most: how many slots it needs, and how many it can use.
+        optional: it needs them for direct reads alone, which it can do without.
+    """
+
+    slot_bytes: int
+    least: int
+    most: int
+    optional: bool
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.least * self.slot_bytes
+
+
+def slots_of_own(
+    plan: LoadPlan, strategy: Literal["preload", "direct"], io: Literal["auto", "buffered", "direct"]
+) -> OwnSlots:
+    """Return what ring a plan needs: a slot for every chunk that waits in one (`preload`), or one slot (`direct`).
+
+    Chunks that are read directly into host memory where they stay pass through slots, too. With `preload` there is one
+    for them beside all those that are filled and wait, or everybody would wait.
+    """
+    held = sum(1 for chunk in plan.chunks if chunk.transfer.slot_bytes)
+    passing = 0 if io == "buffered" else len(plan.chunks) - held
+    whole = [chunk.num_bytes + 2 * PAGE_BYTES for chunk in plan.chunks] if io != "buffered" else []
+    slot_bytes = _whole_pages(max([1, *whole, *(chunk.transfer.slot_bytes for chunk in plan.chunks)]))
+    if strategy == "direct":
+        least = most = min(1, held + passing)
+    else:
+        least, most = held + min(1, passing), held + min(DIRECT_SLOTS, passing)
+    return OwnSlots(slot_bytes, least, most, optional=not held and io == "auto")
+
+
+def _whole_pages(num_bytes: int) -> int:
+    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES

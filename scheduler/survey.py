@@ -1,0 +1,133 @@
+"""The survey: finds out, before a load, what `auto` decides on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from weightstream.device.accelerator import free_bytes
+from weightstream.device.backend import Backend
+from weightstream.device.placement import Place
+from weightstream.prefetch.checkpoint import Checkpoint
+from weightstream.prefetch.filesystem import FileSystem, file_system_of
+from weightstream.prefetch.header import TensorSpec
+from weightstream.prefetch.memory import available_bytes
+from weightstream.prefetch.source import ByteRange, Source
+from weightstream.ranks import find_ranks
+from weightstream.scheduler.engine import Engine
+from weightstream.scheduler.plan import LoadPlan
+from weightstream.scheduler.slots import slots_of_own
+from weightstream.scheduler.strategy import Decision, Situation, decide
+
+__all__ = ["choose", "survey"]
+
+#: Residency is looked at in ranges of this size, a few pages of each.
+_LOOK_BYTES = 64 * 2**20
+
+
+def choose(
+    engine: Engine,
+    checkpoint: Checkpoint,
+    source: Source,
+    specs: Sequence[TensorSpec],
+    places: Sequence[Place],
+    backend: Backend,
+    make: Callable[[Decision], LoadPlan],
+    *,
+    delivers: bool = False,
+) -> tuple[Decision, LoadPlan]:
+    """Return what the configuration asks for, or what `auto` decides, and the plan for it.
+
+    Args:
+        engine: whose configuration and memory.
+        checkpoint: what is loaded.
+        source: how it is read.
+        specs: the tensors that are wanted, sorted by shard and by `begin`.
+        places: what becomes of each.
+        backend: where to.
+        make: makes the plan.
+        delivers: whether a consumer takes them one by one. Such tensors wait in `host_memory`, and never in a file.
+    """
+    config = engine.config
+    if config.strategy != "auto":
+        decision = Decision(config.strategy, "asked for")
+        return decision, make(decision)
+    situation = survey(engine, checkpoint, source, specs, places, backend, delivers=delivers)
+    decision = decide(situation)
+    plan = make(decision)
+    if decision.strategy == "preload":  # how many slots that takes says the plan alone, which is that of `stream` too
+        needed_bytes = slots_of_own(plan, "preload", config.prefetch.io).needed_bytes
+        decision = decide(dataclasses.replace(situation, preload_bytes=needed_bytes))
+    return decision, plan
+
+
+def survey(
+    engine: Engine,
+    checkpoint: Checkpoint,
+    source: Source,
+    specs: Sequence[TensorSpec],
+    places: Sequence[Place],
+    backend: Backend,
+    *,
+    delivers: bool = False,
+) -> Situation:
+    """Look at the machine and at what is wanted; see `choose`."""
+    prefetch = engine.config.prefetch
+    num_bytes = new_bytes = filled_bytes = cast_bytes = 0
+    for place in places:
+        size = place.num_bytes
+        num_bytes += size
+        if place.mode == "fill":
+            filled_bytes += size
+            continue
+        if place.dtype is not place.stored_dtype:
+            cast_bytes += size
+            size = size // place.stored_dtype.itemsize * place.dtype.itemsize
+        new_bytes += size
+    is_host = backend.lands
+    can_stay = is_host and not (delivers or filled_bytes or cast_bytes)
+    can_stay = can_stay and prefetch.page_cache == "keep" and prefetch.io != "direct"
+    file_system = _file_system(checkpoint)
+    wants_residency = can_stay and file_system.kind == "local"
+    staged_bytes = filled_bytes + cast_bytes if is_host and not delivers else num_bytes
+    return Situation(
+        device=str(backend.device),
+        is_host=is_host,
+        num_bytes=num_bytes,
+        new_bytes=0 if delivers else new_bytes,
+        in_place=filled_bytes > 0,
+        can_stay=can_stay,
+        staged_bytes=staged_bytes,
+        preload_bytes=staged_bytes,
+        host_memory_bytes=engine.budget.limit_bytes,
+        left_bytes=engine.budget.left_bytes,
+        held_bytes=engine.ring.statistics().num_bytes,
+        chunk_bytes=prefetch.chunk,
+        free_host_bytes=available_bytes(),
+        free_device_bytes=None if backend.device.type in ("cpu", "meta") else free_bytes(backend.device),
+        num_ranks=find_ranks().local_size,
+        file_system=file_system,
+        resident_share=_resident_share(source, specs) if wants_residency else None,
+    )
+
+
+def _file_system(checkpoint: Checkpoint) -> FileSystem:
+    return file_system_of(checkpoint.shards[0].fd) if checkpoint.shards else FileSystem("local", "nothing")
+
+
+def _resident_share(source: Source, specs: Sequence[TensorSpec]) -> float | None:
+    """Return how much of the shards, between the first and the last byte wanted of each, is in the page cache."""
+    bounds: dict[int, tuple[int, int]] = {}
+    for spec in specs:  # sorted by shard and by their begin
+        first, last = bounds.get(spec.shard, (spec.begin, spec.end))
+        bounds[spec.shard] = first, max(last, spec.end)
+    ranges = [
+        ByteRange(shard, begin, min(begin + _LOOK_BYTES, last))
+        for shard, (first, last) in bounds.items()
+        for begin in range(first, last, _LOOK_BYTES)
+    ]
+    shares = source.resident_shares(ranges)
+    total = sum(one.end - one.begin for one in ranges)
+    if not total or None in shares:
+        return None
+    return sum((share or 0.0) * (one.end - one.begin) for one, share in zip(ranges, shares, strict=True)) / total
