@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import os
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -20,11 +19,12 @@ from weightstream.errors import CheckpointError, UnsupportedFormatError
 from weightstream.integrations.conversion import Weights
 from weightstream.prefetch.checkpoint import open_checkpoint
 from weightstream.prefetch.finding import find_checkpoint
+from weightstream.ranks import ranked_logger
 from weightstream.scheduler.handle import in_own_thread, insist, settle
 
 __all__ = ["build_on_meta", "from_pretrained", "from_pretrained_async"]
 
-logger = logging.getLogger(__name__)
+logger = ranked_logger(__name__)
 
 #: Its own annotations leave too much open to be checked against.
 transformers: Any = import_module("transformers")
