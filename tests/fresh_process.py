@@ -2,7 +2,7 @@
 
     python fresh_process.py HOW CHECKPOINT CONFIG
 
-HOW: `model`, `iter_tensors`, `stream` or `warm`. CONFIG: a `LoaderConfig`, as JSON. What is printed is JSON too, in bytes.
+HOW: `model` (on meta), `allocated` (a model with storage), `iter_tensors`, `stream` or `warm`. CONFIG: a `LoaderConfig`, as JSON. What is printed is JSON too, in bytes.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def memory_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def model_for(path: str) -> nn.Module:
-    """A model on meta that has exactly the checkpoint's tensors."""
+def model_for(path: str, device: str) -> nn.Module:
+    """A model that has exactly the checkpoint's tensors: on meta, or of ones, so that its memory is there."""
     model = nn.Module()
     with open_checkpoint(path) as checkpoint:
         for name, spec in checkpoint.tensors.items():
-            model.register_parameter(name, nn.Parameter(torch.empty(spec.shape, device="meta")))
+            model.register_parameter(name, nn.Parameter(torch.ones(spec.shape, device=device)))
     return model
 
 
@@ -67,7 +67,8 @@ def load(how: str, path: str, config: ws.LoaderConfig, model: nn.Module | None) 
 def main() -> None:
     how, path, text = sys.argv[1:]
     config = ws.LoaderConfig.model_validate_json(text)
-    model = model_for(path) if how == "model" else None
+    devices = {"model": "meta", "allocated": "cpu"}
+    model = model_for(path, devices[how]) if how in devices else None
     asyncio.run(asyncio.sleep(0))
     _ = ws.Loader, ws.load_sync  # imported here, not in the load
     gc.collect()
@@ -75,8 +76,10 @@ def main() -> None:
     before = memory_bytes("VmRSS")
     loaded = load(how, path, config, model)
     peak = memory_bytes("VmHWM")
+    after = memory_bytes("VmRSS")
     held = sum(parameter.nbytes for parameter in model.parameters()) if model is not None else 0
-    print(json.dumps({"peak_bytes": peak - before, "loaded_bytes": loaded, "held_bytes": held}))  # noqa: T201
+    found = {"peak_bytes": peak - before, "loaded_bytes": loaded, "held_bytes": held, "after_bytes": after - before}
+    print(json.dumps(found))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ KIB, MIB = 2**10, 2**20
 #: The promise: what a load takes above the weights stays within `host_memory` and this, and 2 KiB for each tensor.
 ALLOWANCE_BYTES = 64 * MIB
 ALLOWANCE_PER_TENSOR_BYTES = 2 * KIB
+#: What threads, imports and the plan take with few tensors.
+DIRECT_ALLOWANCE_BYTES = 24 * MIB
 
 PREFETCH = {"chunk": "4MiB", "host_memory": "16MiB", "workers": 4}
 HOST_MEMORY_BYTES = 16 * MIB
@@ -41,7 +43,8 @@ def write_large(folder: Path, num_bytes: int) -> tuple[Path, int]:
 
 
 def measure(how: str, path: Path, **prefetch: Any) -> dict[str, int]:
-    config = {"prefetch": PREFETCH | prefetch, "device": {"target": "cpu"}}
+    strategy = prefetch.pop("strategy", "auto")
+    config = {"strategy": strategy, "prefetch": PREFETCH | prefetch, "device": {"target": "cpu"}}
     program = Path(__file__).with_name("fresh_process.py")
     command = [sys.executable, str(program), how, str(path), json.dumps(config)]
     done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=100)
@@ -96,3 +99,23 @@ def test_checkpoint_larger_than_the_machine_s_memory_is_streamed(tmp_path: Path)
     with contextlib.closing(cast("Generator[tuple[str, torch.Tensor], None, None]", tensors)):
         name, tensor = next(tensors)
     assert (name, tensor.nbytes) == ("w0", 32 * MIB)
+
+
+def test_preload_holds_the_checkpoint_and_gives_it_back(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Into parameters that have storage: all of it is host memory of the loader, for as long as the load lasts."""
+    num_bytes = 192 * MIB
+    path, _ = write_large(tmp_path, num_bytes)
+    found = measure("allocated", path, strategy="preload", host_memory="256MiB", io="buffered")
+    sentence = f"{found['peak_bytes'] / MIB:.1f} MiB at most, {found['after_bytes'] / MIB:.1f} MiB afterwards"
+    request.node.user_properties.append(("preload", sentence))
+    assert num_bytes <= found["peak_bytes"] <= 256 * MIB + ALLOWANCE_BYTES, sentence
+    assert found["after_bytes"] <= ALLOWANCE_BYTES, sentence
+
+
+def test_direct_holds_the_largest_tensor_at_most(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The ring of `stream` would have 512 MiB here; a chunk 64."""
+    path, _ = write_large(tmp_path, 512 * MIB)
+    found = measure("allocated", path, strategy="direct", host_memory="1GiB", chunk="64MiB", io="buffered")
+    sentence = f"{found['peak_bytes'] / MIB:.1f} MiB for tensors of 8 MiB"
+    request.node.user_properties.append(("direct", sentence))
+    assert found["peak_bytes"] <= 8 * MIB + DIRECT_ALLOWANCE_BYTES, sentence
