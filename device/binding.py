@@ -15,7 +15,6 @@ which only a device that breaks can stop.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, cast
 
@@ -28,10 +27,11 @@ from weightstream.device.sharded import is_sharded, local_parts, split_like
 from weightstream.device.stage import DeviceStage
 from weightstream.device.targets import Site, Subtree, Target
 from weightstream.errors import PlacementError
+from weightstream.ranks import ranked_logger
 
 __all__ = ["Binder"]
 
-logger = logging.getLogger(__name__)
+logger = ranked_logger(__name__)
 
 _exchange = cast(
     "Callable[[torch.Tensor, torch.Tensor], None]",
