@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -20,9 +19,11 @@ if TYPE_CHECKING:
 
     from weightstream.scheduler.report import LoadReport
 
+from weightstream.ranks import ranked_logger
+
 __all__ = ["Ended", "Telemetry"]
 
-logger = logging.getLogger(__name__)
+logger = ranked_logger(__name__)
 
 _NAME = "weightstream"
 #: Seconds: loads take from tenths of one to many minutes, and OpenTelemetry's own buckets are for milliseconds.
