@@ -5,6 +5,7 @@
 #               the costs of hostile files, then make fuzz
 # make fuzz     coverage-guided fuzzing of header, index and YAML
 # make check    format, lint, types, import layers
+# make docs     the documentation site, in build/site; a dead link, or a page that is in no menu, is an error
 # make bench    compare with other loaders, which are installed for it; on a quiet machine, about an hour
 # make format   rewrite the code in the project's format
 # make clean    remove .venv, .venv-vllm and everything that was built
@@ -29,7 +30,7 @@ RUNS ?= 50000
 
 BIN := .venv/bin
 
-.PHONY: demo test test-vllm soak fuzz check bench format clean
+.PHONY: demo test test-vllm soak fuzz check docs bench format clean
 
 demo: .venv/ready-runtime
 	$(BIN)/weightstream demo $(ARGS)
@@ -60,6 +61,9 @@ check: .venv/ready-dev
 	$(BIN)/mypy
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+docs: .venv/ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 bench: .venv/ready-bench
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.documents import python_blocks
 from tests.integrations.test_transformers import edit_config
 from tests.real.families import ALL_FAMILIES, logits_of, save_small, transformers
 from weightstream.config import LoaderConfig
@@ -427,13 +426,3 @@ def test_model_is_no_subclass_of_its_class(tmp_path: Path) -> None:
     model: nn.Module = from_pretrained(tmp_path, config=CPU)
     assert model.__class__ is kind
     assert kind.__init__.__qualname__ == "LlamaForCausalLM.__init__"
-
-
-def test_examples_in_the_documentation_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    for block in python_blocks("docs/integrations/transformers.md"):
-        exec(block, names)
-    assert capsys.readouterr().out == "LlamaForCausalLM\n"

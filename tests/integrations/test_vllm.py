@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.documents import python_blocks
+from tests.documents import blocks
 from tests.real.families import save_small
 
 pytestmark = [
@@ -170,8 +170,8 @@ def test_folder_without_safetensors_is_an_error(tmp_path: Path) -> None:
 
 
 def test_example_in_the_documentation_runs(tmp_path: Path) -> None:
-    (program,) = python_blocks("docs/integrations/vllm.md")
-    (tmp_path / "example.py").write_text(program)
+    (program,) = blocks("docs/integrations/vllm.md", "python")
+    (tmp_path / "example.py").write_text(program.text)
     found = run_program([tmp_path / "example.py"], tmp_path)
     assert found.returncode == 0, found.stderr[-3000:]
     assert "GB, onto cpu" in found.stderr + found.stdout

@@ -1,0 +1,151 @@
+"""What stands in the documents is true: code runs, configurations are accepted, commands do what they should."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from docs.reference import reference
+from tests.builders import write_checkpoint, write_sums
+from tests.documents import DOCUMENTS, ROOT, Block, blocks
+from tests.models import SmallNet, tensors_of
+from weightstream import commands
+from weightstream.config import LoaderConfig
+
+#: `text` is output or a drawing. Everything else is tried, or says why it is not.
+LANGUAGES = {"console", "python", "text", "yaml"}
+#: Commands that take long, or do not end, are only parsed.
+LONG = {"demo", "bench", "--hold"}
+
+
+def with_blocks(language: str) -> list[str]:
+    """The documents that have blocks of a language which are to be tried."""
+    return [name for name in DOCUMENTS if any(block.reason is None for block in blocks(name, language))]
+
+
+@pytest.fixture(name="readers_folder")
+def fixture_readers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working folder of somebody who reads the documents, with what they say is there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "my_server").mkdir()
+    (tmp_path / "my_server" / "models.py").write_text(
+        "import torch\nfrom tests.models import SmallNet\n\n"
+        "def build():\n    with torch.device('meta'):\n        return SmallNet()\n"
+    )
+    for folder in ("path/to/checkpoint", "models/my-model", "models/next-model"):
+        write_checkpoint(tmp_path / folder, tensors_of(SmallNet()), num_shards=2)
+    write_sums(tmp_path / "models/next-model")
+    (tmp_path / "config.yaml").write_text("checkpoint: models/my-model\nmodel: my_server.models:build\n")
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_server"]:
+        del sys.modules[name]
+
+
+def settled(text: str, folder: Path) -> str:
+    """Text of a document, with the models of the reader where a test may put them."""
+    return text.replace("/models/", f"{folder}/models/")
+
+
+def test_every_block_is_tried_or_says_why_not() -> None:
+    strange = [f"{block}: {block.language}" for name in DOCUMENTS for block in blocks(name)]
+    assert [block for block in strange if block.rpartition(": ")[2] not in LANGUAGES] == []
+
+
+# Python
+
+
+@pytest.mark.filterwarnings("default::DeprecationWarning")
+@pytest.mark.parametrize("document", with_blocks("python"))
+def test_python_runs(document: str, readers_folder: Path) -> None:
+    """One block after the other, in one namespace, as somebody would type them who reads the page."""
+    with torch.device("meta"):
+        names: dict[str, object] = {"model": SmallNet(), "MyModel": SmallNet, "nn": nn}
+    for block in blocks(document, "python"):
+        if block.reason is None:
+            source = settled(block.text, readers_folder)
+            code = compile(source, str(block), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+            waiting = eval(code, names)
+            if inspect.iscoroutine(waiting):
+                asyncio.run(waiting)
+
+
+# Configuration
+
+
+@pytest.mark.parametrize("block", [b for name in DOCUMENTS for b in blocks(name, "yaml") if b.reason is None], ids=str)
+def test_yaml_is_a_configuration(block: Block, readers_folder: Path) -> None:
+    file = readers_folder / "block.yaml"
+    file.write_text(settled(block.text, readers_folder))
+    set_fields = LoaderConfig.from_yaml(file).model_fields_set
+    assert set_fields == set(yaml.safe_load(block.text))
+
+
+def test_reference_of_the_configuration_is_what_the_models_say() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    assert page == reference(), "run: python docs/reference.py > docs/configuration.md"
+
+
+# Commands
+
+
+def commands_in(block: Block) -> Iterator[list[str]]:
+    """The words of each command of a block: lines after `$`, where a backslash at the end goes on in the next."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        if line.startswith("$ "):
+            yield shlex.split(line[2:], comments=True)
+
+
+@pytest.mark.parametrize("document", with_blocks("console"))
+def test_commands_work(document: str, readers_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for block in blocks(document, "console"):
+        found = [] if block.reason else list(commands_in(block))
+        assert found or block.reason, f"{block}: no line begins with $"
+        for words in found:
+            while "=" in words[0]:
+                monkeypatch.setenv(*words.pop(0).split("=", 1))
+            assert words[0] in TRIED, f"{block}: {' '.join(words)} is not tried: say why"
+            TRIED[words[0]]([settled(word, readers_folder) for word in words[1:]])
+
+
+def try_weightstream(words: Sequence[str]) -> None:
+    if not LONG.isdisjoint(words):
+        commands._weightstream.commands[words[0]].make_context(words[0], list(words[1:]), obj=commands._Session())
+    else:
+        assert commands.run(words) == 0, words
+
+
+def try_make(words: Sequence[str]) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for word in words:
+        name, is_variable, _ = word.partition("=")
+        assert re.search(rf"^{name} [:?]=|^#   {name} " if is_variable else rf"^{name}:", makefile, re.MULTILINE), word
+
+
+def try_pip(words: Sequence[str]) -> None:
+    assert words[0] == "install"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for word in words[1:]:
+        if named := re.fullmatch(r"(?:\.|weightstream)\[([\w,-]+)\]", word):
+            assert set(named[1].split(",")) <= set(extras), word
+        else:
+            assert word == ".", word
+
+
+TRIED: dict[str, Callable[[Sequence[str]], None]] = {
+    "weightstream": try_weightstream,
+    "make": try_make,
+    "pip": try_pip,
+}
