@@ -122,7 +122,8 @@ def test_commands_work(document: str, readers_folder: Path, monkeypatch: pytest.
 
 def try_weightstream(words: Sequence[str]) -> None:
     if not LONG.isdisjoint(words):
-        commands._weightstream.commands[words[0]].make_context(words[0], list(words[1:]), obj=commands._Session())
+        group = commands._weightstream.make_context("weightstream", list(words), obj=commands._Session())
+        commands._weightstream.commands[words[0]].make_context(words[0], list(words[1:]), parent=group)
     else:
         assert commands.run(words) == 0, words
 
