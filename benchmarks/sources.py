@@ -107,7 +107,11 @@ class Arm:
         return statistics.median(self.walls_s)
 
     def config(self) -> LoaderConfig:
-        values: dict[str, Any] = {"prefetch": {"io": self.io, "workers": self.workers}, "device": {"target": "cpu"}}
+        values: dict[str, Any] = {
+            "strategy": "stream",  # what is in the page cache would be mapped
+            "prefetch": {"io": self.io, "workers": self.workers},
+            "device": {"target": "cpu"},
+        }
         return LoaderConfig(**values)
 
 

@@ -10,6 +10,13 @@ import pytest
 
 from tests.cli.conftest import Start
 
+
+@pytest.fixture(autouse=True)
+def fixture_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that have just been written are in the page cache, and would be mapped: there would be nothing to read."""
+    monkeypatch.setenv("WEIGHTSTREAM_STRATEGY", "stream")
+
+
 MOMENTS = {
     "importing click": """
         class Finder:
@@ -25,7 +32,7 @@ MOMENTS = {
     """,
     "building the model": """
         import weightstream.building as building
-        building.build_model = lambda *rest: hang()
+        building.build_model = lambda *rest, **named: hang()
     """,
     "opening the files": """
         import weightstream.scheduler.job as job

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from weightstream.config import LoaderConfig
 from weightstream.errors import CheckpointError, HeaderError, UnsupportedFormatError, WeightstreamError
 from weightstream.prefetch.checkpoint import open_checkpoint
+from weightstream.prefetch.finding import is_repository
 from weightstream.prefetch.header import DTYPE_BITS, MAX_RANK, MAX_STRINGS, read_header
 from weightstream.prefetch.index import parse_index
 
@@ -261,7 +262,7 @@ def _reference_config(raw: bytes) -> LoaderConfig | None:
         values = yaml.safe_load(raw)
         if isinstance(values, dict):
             path = values.get("checkpoint")
-            if isinstance(path, str) and path and not path.startswith("pkg://"):
+            if isinstance(path, str) and path and not path.startswith("pkg://") and not is_repository(path):
                 values["checkpoint"] = str(_YAML.parent / path)
         return LoaderConfig(**({} if values is None else values))
     except Exception:  # noqa: BLE001 - of many classes: that is why ours are compared with it

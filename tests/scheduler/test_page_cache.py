@@ -78,13 +78,13 @@ def test_load_that_fails_leaves_nothing_with_drop(file: Path, tensors: dict[str,
     model = nn.Module()
     for name, tensor in tensors.items():
         model.register_buffer(name, torch.empty_like(tensor, device="meta"))
-    with pytest.raises(ws.LoadTimeoutError):
+    (file.parent / "SHA256SUMS").write_text(f"{'0' * 64}  {file.name}\n")
+    settings = config(page_cache="drop")
+    with pytest.raises(ws.IntegrityError):
         ws.load_sync(
             model,
             file,
-            config=config(page_cache="drop").model_copy(
-                update={"scheduler": config().scheduler.model_copy(update={"timeout_s": 1e-9})}
-            ),
+            config=settings.model_copy(update={"prefetch": settings.prefetch.model_copy(update={"verify": "sha256"})}),
         )
     assert pagecache.resident_share([file]) == 0
 
