@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from weightstream.errors import CheckpointError, IntegrityError, UnsupportedFormatError
+from weightstream.errors import CheckpointError, IntegrityError
 from weightstream.prefetch.attempts import ONCE, Attempts
 from weightstream.prefetch.finding import find_checkpoint, refuse_rivals
 from weightstream.prefetch.hashing import FileHash
@@ -35,7 +35,8 @@ class Checkpoint:
         shards: its files; a tensor's `shard` is an index into this tuple.
         tensors: every tensor by name, in the order of shards and bytes.
         notes: what was left alone or left out, one sentence each.
-        hashes: for each shard, a hash that has seen its header; empty unless the checkpoint was opened to be verified.
+        hashes: for each shard, a hash that has seen its header, or nothing of a file of `torch.save`; empty unless the
+            checkpoint was opened to be verified.
     """
 
     def __init__(
@@ -123,7 +124,8 @@ def open_checkpoint(
         variant: see `find_checkpoint`.
         allow_outside_links: accept shards that are links to outside the checkpoint's folder. A single file that is
             named by its own path may always be one.
-        hashes: begin to hash every shard. What is hashed of a header are the very bytes that are parsed.
+        hashes: begin to hash every shard. What is hashed of the header of a safetensors file are the very bytes that
+            are parsed.
         attempts: says how often a file is opened and read again after an error that may pass.
 
     Raises:
@@ -195,10 +197,7 @@ def _read_tensors(shard: Shard, number: int, begun: FileHash | None) -> tuple[li
     if shard.path.suffix not in _TORCH_SUFFIXES:
         on_bytes = None if begun is None else begun.update
         return read_header(shard.fd, shard.num_bytes, file=file, shard=number, on_bytes=on_bytes), []
-    if begun is not None:
-        raise UnsupportedFormatError(
-            "only safetensors files can be verified", file=file, hint="Set prefetch.verify to none, or convert the file"
-        )
+    # What says where the tensors are stands behind them, so all of the file is hashed when they are read.
     return read_torch_file(shard.fd, shard.num_bytes, file=file, shard=number)
 
 

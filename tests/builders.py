@@ -131,7 +131,7 @@ def write_sums(folder: Path, name: str = "SHA256SUMS") -> Path:
     """A manifest of all weights in a folder, as they are now."""
     lines = [
         f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n"
-        for file in sorted(folder.glob("*.safetensors"))
+        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     ]
     (folder / name).write_text("".join(lines))
     return folder / name

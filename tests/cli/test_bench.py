@@ -260,3 +260,14 @@ def test_dtype_that_torch_lacks_is_refused(tmp_path: Path) -> None:
     strange = msgspec.structs.replace(spec, dtype="F6_E2M3")
     with pytest.raises(UnsupportedFormatError, match="no such dtype"):
         model_for((strange,))
+
+
+@pytest.mark.usefixtures("_direct")
+def test_files_of_torch_save_are_measured(weightstream: Run, tmp_path: Path) -> None:
+    whole = torch.rand(100, 30)
+    torch.save({"whole": whole, "turned": whole.t(), "steps": torch.tensor(3)}, tmp_path / "model.bin")
+    result = weightstream("bench", tmp_path, "--json")
+    assert result.code == 0
+    found: dict[str, Any] = json.loads(result.out)
+    assert (found["num_tensors"], found["num_bytes"]) == (3, 2 * 12_000 + 8)
+    assert [row["name"] for row in found["rows"]] == [*READS, "weightstream, cached"]

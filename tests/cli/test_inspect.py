@@ -104,3 +104,28 @@ def test_names_do_nothing_to_the_terminal(weightstream: Run, tmp_path: Path) -> 
     assert result.code == 0
     assert "\x1b" not in result.out
     assert r"a\x1b]0;owned\x07" in result.out
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+def test_inspect_shows_files_of_torch_save(weightstream: Run, tmp_path: Path, *, zipped: bool) -> None:
+    whole = torch.zeros(100, 20, dtype=torch.bfloat16)
+    path = tmp_path / "pytorch_model.bin"
+    state = {"whole": whole, "turned": whole[:50].t(), "steps": torch.tensor(3)}
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    result = weightstream("inspect", tmp_path, "--json")
+    assert (result.code, result.err) == (0, "")
+    found = json.loads(result.out)
+    assert found["checkpoint"] == str(path)
+    assert found["shards"] == [{"name": path.name, "num_bytes": path.stat().st_size}]
+    assert {tensor["name"]: (tensor["dtype"], tensor["shape"]) for tensor in found["tensors"]} == {
+        "whole": ("BF16", [100, 20]),
+        "turned": ("BF16", [20, 50]),
+        "steps": ("I64", []),
+    }
+
+
+def test_inspect_names_what_a_pickle_asks_for(weightstream: Run, tmp_path: Path) -> None:
+    torch.save({"net": torch.nn.Linear(2, 2)}, tmp_path / "a.pt")
+    result = weightstream("inspect", tmp_path / "a.pt")
+    assert result.code == 1
+    assert "torch.nn.modules.linear.Linear" in result.err

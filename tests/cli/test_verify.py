@@ -138,3 +138,15 @@ def test_hashes_without_torch(folder: Path) -> None:
         "sys.exit(code or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False, capture_output=True).returncode == 0
+
+
+def test_files_of_torch_save_are_hashed_whole(weightstream: Run, tmp_path: Path) -> None:
+    """Also if their tensors share bytes, which a load that verifies refuses."""
+    whole = torch.rand(4, 3)
+    file = tmp_path / "model.bin"
+    torch.save({"a": whole, "b": whole[1:]}, file)
+    assert weightstream("verify", file, "--write-manifest", "--quiet").code == 0
+    result = weightstream("verify", file, "--json", "--quiet")
+    assert (result.code, json.loads(result.out)["shards"][0]["sha256"]) == (0, sha256(file))
+    flip(file, file.read_bytes().index(b"ZZZZ"))  # padding, which nothing else looks at
+    assert weightstream("verify", file, "--quiet").code == 1

@@ -19,12 +19,14 @@ from tests.builders import (
     random_tensors,
     write_checkpoint,
     write_in_order,
+    write_index,
     write_sums,
 )
 from tests.fakes.rig import KIB, Rig
 from tests.fakes.source import Gate
 from tests.models import SmallNet, tensors_of
-from weightstream.errors import IntegrityError, LoadCancelledError
+from weightstream.errors import IntegrityError, LoadCancelledError, UnsupportedFormatError
+from weightstream.prefetch.checkpoint import open_checkpoint
 from weightstream.prefetch.hashing import FileHash
 from weightstream.scheduler import plan as planning
 from weightstream.scheduler.plan import LoadPlan
@@ -467,3 +469,74 @@ async def test_chunks_of_each_shard_ascend_and_leave_nothing_out(
     for file, ranges in zip(files_of(path), sorted(orders(plan), key=lambda part: part[0][0]), strict=True):
         assert len(ranges) > 0, file
         assert [begin for begin, _ in ranges[1:]] == [end for _, end in ranges[:-1]]
+
+
+# Files of torch.save
+
+
+def saved_by_torch(folder: Path, tensors: dict[str, torch.Tensor], *, zipped: bool = True) -> Path:
+    """Two files with an index, and a manifest."""
+    folder.mkdir()
+    names = list(tensors)
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate((names[::2], names[1::2])):
+        file = f"pytorch_model-{number + 1:05d}-of-00002.bin"
+        torch.save({name: tensors[name] for name in part}, folder / file, _use_new_zipfile_serialization=zipped)
+        weight_map |= dict.fromkeys(part, file)
+    write_index(folder, weight_map, "pytorch_model.bin.index.json")
+    write_sums(folder)
+    return folder
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+@pytest.mark.parametrize("where", ["meta", "cpu"], ids=["adopt", "in-place"])
+@pytest.mark.parametrize("strategy", ["stream", "preload", "direct", "map"])
+async def test_torch_files_are_hashed_from_their_first_byte_to_their_last(
+    rig: Rig, tmp_path: Path, strategy: str, where: str, *, zipped: bool
+) -> None:
+    if strategy == "map" and rig.device != "host":
+        pytest.skip("tensors in mapped files are on the host")
+    tensors = tensors_of(SmallNet())
+    path = saved_by_torch(tmp_path / "c", tensors, zipped=zipped)
+    with torch.device(where):
+        model = SmallNet()
+    async with rig.loader(verify="sha256", strategy=strategy) as loader:
+        report = await loader.load(model, path)
+    assert_loaded(model, tensors)
+    assert report.verified == "sha256 (manifest)"
+    unwanted = sum(file.stat().st_size for file in path.glob("*.bin")) - report.num_bytes
+    assert f"verify: {unwanted} bytes that this load does not need were read to be hashed" in report.decisions
+
+
+async def test_changed_byte_of_a_torch_file_ends_the_load(rig: Rig, tmp_path: Path) -> None:
+    """Also in the padding, which nothing else looks at, and in a tensor."""
+    tensors = tensors_of(SmallNet())
+    path = saved_by_torch(tmp_path / "c", tensors)
+    file = min(path.glob("*.bin"))
+    padding = file.read_bytes().index(b"ZZZZ")
+    with open_checkpoint(file) as checkpoint:
+        tensor = checkpoint.tensors["flag"].begin
+    for position in (padding, tensor):
+        flip(file, position)
+        model = on_meta()
+        async with rig.loader(verify="sha256") as loader:
+            with pytest.raises(IntegrityError, match="SHA-256 is not what the manifest says") as caught:
+                await loader.load(model, path)
+        assert file.name in str(caught.value)
+        assert all(tensor.is_meta for tensor in model.state_dict().values())
+        flip(file, position)
+    async with rig.loader(verify="sha256") as loader:
+        await loader.load(on_meta(), path)
+
+
+async def test_tensors_that_share_bytes_are_not_verified(rig: Rig, tmp_path: Path) -> None:
+    whole = torch.rand(4, 3)
+    torch.save({"a": whole, "b": whole[1:3]}, tmp_path / "model.bin")
+    write_sums(tmp_path)
+    with torch.device("meta"):
+        model = nn.ParameterDict({"a": nn.Parameter(torch.rand(4, 3)), "b": nn.Parameter(torch.rand(2, 3))})
+    async with rig.loader(verify="sha256") as loader:
+        with pytest.raises(UnsupportedFormatError, match="share bytes"):
+            await loader.load(model, tmp_path)
+        assert rig.disk.num_bytes_begun == 0
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
