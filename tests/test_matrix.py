@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.builders import INDEX, SINGLE, assert_same, write_checkpoint
+from tests.builders import INDEX, SINGLE, assert_same, write_checkpoint, write_index
 from tests.fakes.rig import DeviceKind, Rig
 from tests.models import SmallNet, tensors_of
 
@@ -65,6 +65,33 @@ def _snapshot_of_the_hub(folder: Path, tensors: Tensors) -> Path:
     return snapshot
 
 
+def _torch_file(folder: Path, tensors: Tensors) -> Path:
+    path = folder / "model.pt"
+    torch.save(dict(tensors), path)
+    return path
+
+
+def _torch_folder_of_old(folder: Path, tensors: Tensors) -> Path:
+    torch.save(dict(tensors), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    return folder
+
+
+def _torch_folder_with_index(folder: Path, tensors: Tensors) -> Path:
+    weight_map: dict[str, str] = {}
+    for number in range(3):
+        file = f"pytorch_model-{number + 1:05d}-of-00003.bin"
+        part = dict(list(tensors.items())[number::3])
+        torch.save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    write_index(folder, weight_map, "pytorch_model.bin.index.json")
+    return folder
+
+
+def _torch(folder: Path) -> dict[str, torch.Tensor]:
+    files = [file for file in folder.iterdir() if file.suffix in {".bin", ".pt"}]
+    return {name: tensor for file in files for name, tensor in torch.load(file, weights_only=True).items()}
+
+
 def _safetensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.rglob("*.safetensors") for name, tensor in load_file(file).items()}
 
@@ -74,6 +101,9 @@ FORMATS = [
     Format("index-by-path", _index_by_path, _safetensors),
     Format("single-file", _single_file, _safetensors),
     Format("snapshot-of-the-hub", _snapshot_of_the_hub, _safetensors),
+    Format("torch-file", _torch_file, _torch),
+    Format("torch-folder-of-old", _torch_folder_of_old, _torch),
+    Format("torch-folder-with-index", _torch_folder_with_index, _torch),
 ]
 
 
