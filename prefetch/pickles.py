@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import NoReturn, cast
 
 from weightstream.errors import HeaderError, UnsupportedFormatError
+from weightstream.prefetch.header import MAX_RANK
 
 __all__ = ["MAX_OPCODES", "MAX_PICKLE_BYTES", "OPAQUE", "EndOfDataError", "PickledTensor", "Storage", "read_pickle"]
 
@@ -130,7 +131,9 @@ class EndOfDataError(Exception):
     """The pickle goes on behind the bytes that there are."""
 
 
-def read_pickle(raw: bytes, start: int = 0, *, file: str) -> tuple[object, int, dict[str, Storage]]:
+def read_pickle(
+    raw: bytes, start: int = 0, *, file: str, most_opcodes: int = MAX_OPCODES
+) -> tuple[object, int, dict[str, Storage]]:
     """Read one pickle.
 
     Returns:
@@ -142,7 +145,7 @@ def read_pickle(raw: bytes, start: int = 0, *, file: str) -> tuple[object, int, 
         HeaderError: not a pickle as torch writes them, or one above the limits.
         UnsupportedFormatError: a pickle of something else than tensors, numbers, strings and what holds them.
     """
-    machine = _Machine(raw, start, file)
+    machine = _Machine(raw, start, file, most_opcodes)
     try:
         value = machine.run()
     except (IndexError, KeyError, UnicodeDecodeError, _MalformedError) as exc:
@@ -159,11 +162,12 @@ class _MalformedError(Exception):
 class _Machine:
     """The stack, the marks and the memo of one pickle; a method for each instruction."""
 
-    def __init__(self, raw: bytes, start: int, file: str) -> None:
+    def __init__(self, raw: bytes, start: int, file: str, most_opcodes: int) -> None:
         self.position = start
         self.storages: dict[str, Storage] = {}
         self._raw = raw
         self._file = file
+        self._most_opcodes = most_opcodes
         self._stack: list[object] = []
         self._marked: list[list[object]] = []
         self._memo: dict[int, object] = {}
@@ -171,7 +175,7 @@ class _Machine:
     def run(self) -> object:
         raw, instructions = self._raw, _INSTRUCTIONS
         last = len(raw)
-        for _ in range(MAX_OPCODES):
+        for _ in range(self._most_opcodes):
             position = self.position
             if position >= last:
                 raise EndOfDataError
@@ -182,7 +186,7 @@ class _Machine:
                     return self._stack.pop()
                 raise _MalformedError(f"the instruction {raw[position : position + 1]!r}, which torch does not write")
             instruction(self)
-        raise _MalformedError(f"more than {MAX_OPCODES} instructions")
+        raise _MalformedError(f"more than {self._most_opcodes} instructions")
 
     def _bytes(self, count: int) -> bytes:
         begin = self.position
@@ -381,6 +385,8 @@ def _sizes(value: object) -> tuple[int, ...]:
     if not isinstance(value, tuple):
         _refuse_number()
     sizes = cast("tuple[object, ...]", value)
+    if len(sizes) > MAX_RANK:  # one long tuple may be the shape of every tensor
+        raise _MalformedError(f"a tensor of more than {MAX_RANK} dimensions")
     return tuple(map(_whole, sizes))
 
 

@@ -12,8 +12,15 @@ from typing import NoReturn, cast
 
 from weightstream.errors import HeaderError, UnsupportedFormatError
 from weightstream.prefetch.archive import Archive
-from weightstream.prefetch.header import DTYPE_BITS, MAX_RANK, TensorSpec, read_exactly
-from weightstream.prefetch.pickles import MAX_PICKLE_BYTES, EndOfDataError, PickledTensor, Storage, read_pickle
+from weightstream.prefetch.header import DTYPE_BITS, TensorSpec, read_exactly
+from weightstream.prefetch.pickles import (
+    MAX_OPCODES,
+    MAX_PICKLE_BYTES,
+    EndOfDataError,
+    PickledTensor,
+    Storage,
+    read_pickle,
+)
 
 __all__ = ["read_torch_file"]
 
@@ -28,6 +35,10 @@ _NUMBERS = frozenset({"version", ".format_version", ".storage_alignment"})
 
 #: How much of an old file is read to find the end of its pickles.
 _FIRST_BYTES = 2**20
+
+#: What the two small pickles of an old file may take: torch writes 30 instructions for the first, and some 2 for each
+#: storage in the other, where it writes 34 for each tensor in the large one.
+_MOST_ABOUT_SYSTEM, _MOST_OF_KEYS = 1000, MAX_OPCODES // 8
 
 _MAX_INT = 2**63 - 1
 
@@ -98,8 +109,9 @@ def _read_archive(fd: int, file_bytes: int, file: str) -> tuple[object, dict[str
 
 def _check_small_records(archive: Archive, file: str) -> None:
     """Check what torch looks at beside the pickle and the storages."""
+    prefix = f"{archive.prefix}/"
     for name, record in archive.records.items():
-        kind = name.removeprefix(f"{archive.prefix}/")
+        kind = name.removeprefix(prefix)
         if kind.startswith("data/"):
             continue
         archive.locate(name)
@@ -142,9 +154,9 @@ def _read_old_pickles(fd: int, file_bytes: int, file: str) -> tuple[object, obje
     while True:  # nothing says how long the pickles are
         raw = read_exactly(fd, min(length, file_bytes), 0, file)
         try:
-            system, position, _ = read_pickle(raw, len(_OLD), file=file)
+            system, position, _ = read_pickle(raw, len(_OLD), file=file, most_opcodes=_MOST_ABOUT_SYSTEM)
             value, position, storages = read_pickle(raw, position, file=file)
-            keys, position, _ = read_pickle(raw, position, file=file)
+            keys, position, _ = read_pickle(raw, position, file=file, most_opcodes=_MOST_OF_KEYS)
         except EndOfDataError as exc:
             if length >= min(file_bytes, MAX_PICKLE_BYTES):
                 raise HeaderError(
@@ -153,7 +165,7 @@ def _read_old_pickles(fd: int, file_bytes: int, file: str) -> tuple[object, obje
                     expected=f"at most {MAX_PICKLE_BYTES} bytes",
                     hint="The file is damaged: fetch it again",
                 ) from exc
-            length *= 8
+            length = MAX_PICKLE_BYTES  # at once: what has been read is read again
             continue
         return system, value, storages, keys, position
 
@@ -219,7 +231,7 @@ def _describe(name: str, tensor: PickledTensor, begins: dict[str, int], file: st
     if not storage.is_untyped and storage.dtype != dtype:
         _refuse("the tensor has another dtype than its storage", file, storage.dtype, dtype, name)
     itemsize = 1 if dtype == "F4" else bits // 8
-    if len(shape) != len(tensor.stride) or len(shape) > MAX_RANK or math.prod(shape) * itemsize > _MAX_INT:
+    if len(shape) != len(tensor.stride) or math.prod(shape) * itemsize > _MAX_INT:
         _refuse("shape and strides do not fit each other, or overflow", file, None, str(shape[:8]), name)
     span = 0
     if 0 not in shape:

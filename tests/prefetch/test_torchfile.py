@@ -18,6 +18,8 @@ import torch
 from tests.builders import assert_same, leaves_nothing
 from weightstream.errors import HeaderError, UnsupportedFormatError
 from weightstream.prefetch.checkpoint import open_checkpoint
+from weightstream.prefetch.pickles import read_pickle
+from weightstream.prefetch.torchfile import _OLD as OLD
 from weightstream.prefetch.torchfile import read_torch_file
 
 BASE = torch.arange(40, dtype=torch.float32).reshape(5, 8)
@@ -254,7 +256,7 @@ TWICE = b"\x80\2)" + b"q\0h\0\x86" * 60
             tensor_pickle(shape=b"J\xff\xff\xff\x7f" * 3 + b"\x87", stride=b"K\0K\0K\0\x87"), "overflow", id="overflow"
         ),
         pytest.param(
-            tensor_pickle(shape=b"(" + b"K\1" * 33 + b"t", stride=b"(" + b"K\1" * 33 + b"t"), "fit", id="dimensions"
+            tensor_pickle(shape=b"(" + b"K\1" * 33 + b"t", stride=b"(" + b"K\1" * 33 + b"t"), "32 dim", id="dimensions"
         ),
     ],
 )
@@ -265,10 +267,28 @@ def test_pickle_that_breaks_the_rules_is_refused(tmp_path: Path, pickled: bytes,
     assert caught.value.file == str(path)
 
 
-def test_too_many_instructions_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weightstream.prefetch.pickles.MAX_OPCODES", 1000)
+def test_too_many_instructions_are_refused() -> None:
     with pytest.raises(HeaderError, match="more than 1000 instructions"):
-        open_checkpoint(with_pickle(tmp_path / "a.pt", b"\x80\2" + b"N" * 1000 + b"."))
+        read_pickle(b"\x80\2" + b"N" * 1000 + b".", file="a.pt", most_opcodes=1000)
+    read_pickle(b"\x80\2" + b"N" * 998 + b".", file="a.pt", most_opcodes=1000)
+
+
+@pytest.mark.parametrize("which", ["about the system", "of the keys"])
+def test_small_pickles_of_an_old_file_have_limits_of_their_own(tmp_path: Path, which: str) -> None:
+    whole = save(tmp_path / "a.bin", {"a": BASE}, zipped=False).read_bytes()
+    _, value, _ = read_pickle(whole, len(OLD), file="a.bin")
+    _, keys, _ = read_pickle(whole, value, file="a.bin")
+    begin, most = (len(OLD), 1000) if which == "about the system" else (keys, 2**19)
+    (tmp_path / "a.bin").write_bytes(whole[:begin] + b"\x80\2" + b"N" * 2**19 + b".")
+    with pytest.raises(HeaderError, match=f"more than {most} instructions"):
+        open_checkpoint(tmp_path / "a.bin")
+
+
+def test_long_shape_is_refused_before_it_is_looked_at(tmp_path: Path) -> None:
+    """One tuple can be the shape of every tensor: a million numbers for each of a million tensors."""
+    path = with_pickle(tmp_path / "a.pt", tensor_pickle(shape=b"(" + b"X\0\0\0\0" * 33 + b"t"))
+    with pytest.raises(HeaderError, match="a tensor of more than 32 dimensions"):
+        open_checkpoint(path)
 
 
 def test_pickle_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
