@@ -44,8 +44,12 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-def find_device(target: str) -> torch.device:
-    """Return the device that `device.target` stands for. May start a driver: not for the event loop's thread.
+def find_device(target: str | int, setting: str = "device.target") -> torch.device:
+    """Return the device that a setting stands for. May start a driver: not for the event loop's thread.
+
+    Args:
+        target: as torch writes it, or `auto`, or the number of an accelerator.
+        setting: where it was found, for the message.
 
     Raises:
         PlacementError: this machine has no such device, or torch cannot use it. Its `expected` names those there are.
@@ -58,12 +62,14 @@ def find_device(target: str) -> torch.device:
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind is not None:
         names += [kind.type, *(f"{kind.type}:{index}" for index in range(torch.accelerator.device_count()))]
+    if isinstance(target, int):
+        target = f"{kind.type}:{target}" if kind is not None else f"accelerator {target}"
     if target not in names:
         raise PlacementError(
-            f"device.target: there is no {target} here",
+            f"{setting}: there is no {target} here",
             expected=", ".join(names),
             actual=target,
-            hint="Set device.target to one of these, or to auto",
+            hint="Set it to one of these" + (", or to auto" if setting == "device.target" else ""),
         )
     return torch.device(target) if ":" in target else default_device()
 

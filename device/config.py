@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-__all__ = ["DeviceConfig", "DtypeName", "Pattern", "Rename"]
+__all__ = ["DeviceConfig", "DtypeName", "Pattern", "Rename", "UserMap"]
 
 #: Dtypes that a load may be asked to cast to; casts exist among these four alone.
 DtypeName = Literal["float16", "bfloat16", "float32", "float64"]
@@ -44,6 +45,31 @@ class Rename(BaseModel):
         return self
 
 
+def _plain_device(value: object) -> object:
+    """Take a `torch.device` as its name. This module does not import torch."""
+    return str(value) if type(value).__name__ == "device" else value
+
+
+def _is_no_disk(value: int | str) -> int | str:
+    if value == "disk":
+        raise ValueError(
+            "nothing is offloaded to disk here: give these modules a device, or cpu, or meta to leave them unloaded"
+        )
+    return value
+
+
+#: A device in a device map: the number of an accelerator, or a name as torch writes it.
+MapDevice = Annotated[
+    Annotated[int, Field(strict=True, ge=0)] | Annotated[str, Field(pattern=r"^[a-z]+(:\d+)?$")],
+    BeforeValidator(_plain_device),
+    AfterValidator(_is_no_disk),
+]
+
+
+#: A device map as users write it: values are numbers, names, or `torch.device` objects.
+UserMap = Mapping[str, object]
+
+
 class DeviceConfig(BaseModel):
     """Where tensors go, and what must be true of them."""
 
@@ -55,6 +81,13 @@ class DeviceConfig(BaseModel):
         description="Device for parameters that are on meta: `auto` (the machine's accelerator, else the CPU), `cpu`, "
         "`cuda`, `cuda:1`, ... A parameter that already has storage stays where it is; a target that disagrees with "
         "it is an error.",
+    )
+    device_map: dict[str, MapDevice] | None = Field(
+        default=None,
+        description="Devices by name of module or tensor, instead of `target`, as accelerate's `infer_auto_device_map` makes "
+        'it: the longest name that a tensor\'s begins with decides, and `""` is the whole model. Numbers count '
+        "accelerators; `meta` leaves a module unloaded and unread. A tensor without a device is an error. null (the "
+        "default): everything goes to `target`.",
     )
     dtype: Literal["model", "checkpoint"] | DtypeName = Field(
         default="model",
@@ -97,3 +130,17 @@ class DeviceConfig(BaseModel):
         description="Rules that make the model's names out of the checkpoint's. Each replaces all matches of its pattern "
         "in what the rules before it have made. Two tensors that get one name are an error.",
     )
+
+    @model_validator(mode="after")
+    def _check_target(self) -> Self:
+        if self.device_map is not None and self.target != "auto":
+            raise ValueError(f"device_map and target ({self.target}) cannot both be set: the map says it all")
+        return self
+
+    def with_device_map(self, entries: UserMap) -> DeviceConfig:
+        """Return the same settings with a device map instead of a target.
+
+        Raises:
+            pydantic.ValidationError: a value is no device that can be loaded to.
+        """
+        return DeviceConfig.model_validate({**self.model_dump(), "target": "auto", "device_map": dict(entries)})

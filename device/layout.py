@@ -8,7 +8,7 @@ included, so that consecutive small tensors are one *run*: one copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -70,6 +70,7 @@ class Transfer(msgspec.Struct, frozen=True, gc=False):
         runs: the copies from the slot, in the packed layout.
         loose: pieces that must be copied one by one, because they are cast or their tensor shares no block.
         slot_bytes: how much of a slot the packed layout uses; 0: none is needed.
+        device: which of the load's devices all of it goes to.
     """
 
     first: int
@@ -80,6 +81,7 @@ class Transfer(msgspec.Struct, frozen=True, gc=False):
     runs: tuple[Run, ...]
     loose: tuple[Piece, ...]
     slot_bytes: int
+    device: int = 0
 
 
 class Given(msgspec.Struct, frozen=True, gc=False):
@@ -99,7 +101,7 @@ class Layout:
 
     Args:
         places: in the order of their bytes in the checkpoint; places without bytes have no block.
-        lands: whether readers may write to blocks themselves (blocks in host memory).
+        lands: of each device, whether readers may write to blocks themselves (blocks in host memory).
         own_bytes: tensors of this size or more have a block of their own.
         block_bytes: size of the blocks that smaller tensors share.
         share_across_large: whether small tensors before and after a large one may share a block.
@@ -111,20 +113,22 @@ class Layout:
         block_of: place -> its block, or `IN_SLOT`.
         offset_of: place -> its offset in the block.
         members: block -> how many places lie in it.
+        device_of: block -> its device, where there are several. No two devices share a block.
     """
 
     def __init__(
         self,
         places: list[Place],
         *,
-        lands: bool,
+        lands: Sequence[bool],
         own_bytes: int,
         block_bytes: int,
         share_across_large: bool = True,
         given: Given | None = None,
     ) -> None:
         self.places = places
-        self.lands = lands
+        self.lands = tuple(lands)
+        self.device_of: list[int] = [0] * (len(given.sizes) if given is not None else 0)
         self.own_bytes = own_bytes
         self.blocks: list[int] = list(given.sizes) if given is not None else []
         self.num_given = len(self.blocks)
@@ -134,7 +138,7 @@ class Layout:
         #: How many places up to this one do not follow the one before in its block, byte by byte.
         self._breaks: list[int] = []
         #: Whether readers write everything to where it belongs, so that no slot is needed.
-        self.slotless = lands and not any(place.mode == "fill" or place.is_cast for place in places)
+        self.slotless = all(lands) and not any(place.mode == "fill" or place.is_cast for place in places)
         self._assign_blocks(block_bytes, given, share_across_large=share_across_large)
 
     def _assign_blocks(  # noqa: C901, PLR0915 (one loop over all tensors, without calls)
@@ -146,14 +150,22 @@ class Layout:
         shared = -1
         used = count = 0  # of the block that small tensors share at present
         end = -1  # of the place before, in its block
+        device, has_several = 0, len(self.lands) > 1
+        others: dict[int, tuple[int, int, int]] = {}  # the same of the other devices
+        add_device_of = self.device_of.append
 
-        def close_shared() -> None:
-            if shared >= 0:
-                blocks[shared], members[shared] = used, count
+        def close(block: int, used: int, count: int) -> None:
+            if block >= 0:
+                blocks[block], members[block] = used, count
 
         for index, place in enumerate(self.places):
             size = place.num_bytes
             num_bytes = size
+            if has_several and place.device != device:
+                others[device] = shared, used, count
+                device = place.device
+                shared, used, count = others.pop(device, (-1, 0, 0))
+                end = -1
             if given is not None and size and place.mode != "fill" and place.dtype is place.stored_dtype:
                 block, offset = given.homes[index]
                 if offset % place.dtype.itemsize == 0:
@@ -174,17 +186,19 @@ class Layout:
                 add_offset_of(0)
                 blocks.append(padded(num_bytes))
                 members.append(1)
+                add_device_of(device)
                 breaks += 1
                 end = -1
                 if not share_across_large:
-                    close_shared()
+                    close(shared, used, count)
                     shared = -1
             else:
                 if shared < 0 or used + num_bytes > block_bytes:
-                    close_shared()
+                    close(shared, used, count)
                     shared, used, count = len(blocks), 0, 0
                     blocks.append(0)
                     members.append(0)
+                    add_device_of(device)
                     end = -1
                 if used != end:
                     breaks += 1
@@ -194,11 +208,17 @@ class Layout:
                 used += padded(num_bytes)
                 count += 1
             add_break(breaks)
-        close_shared()
+        for state in ((shared, used, count), *others.values()):
+            close(*state)
 
     def is_given(self, place: int) -> bool:
         """Tell whether a place's bytes are where they belong from the beginning."""
         return 0 <= self.block_of[place] < self.num_given
+
+    def bytes_on(self, device: int) -> int:
+        """Return how large the blocks that are made on a device are in all."""
+        made = range(self.num_given, len(self.blocks))
+        return sum(self.blocks[block] for block in made if self.device_of[block] == device)
 
     def is_small(self, place: int) -> bool:
         """Tell whether a place shares a block, or would if the loader made its storage."""
@@ -215,7 +235,7 @@ class Layout:
                 head = 0
 
     def transfer(self, first: int, stop: int, head: int, num_bytes: int) -> Transfer:
-        """Lay one chunk out.
+        """Lay one chunk out, all of whose tensors go to one device.
 
         Small tensors come first in the slot, as they lie in their block, whatever stands between them in the file:
         each block that the chunk touches then costs one copy. The rest follows, each piece on its own boundary.
@@ -223,7 +243,7 @@ class Layout:
         if self.slotless:
             whole = self._as_one(first, stop, head, num_bytes)
             if whole is not None:
-                return Transfer(first, stop, head, num_bytes, (whole,), (), (), 0)
+                return Transfer(first, stop, head, num_bytes, (whole,), (), (), 0, self.places[first].device)
         where: dict[int, int] = {}
         runs: list[Run] = []
         loose: list[Piece] = []
@@ -244,7 +264,9 @@ class Layout:
                 landings.append(Landing(block, start, end - start))
             block, start, end = next_block, begin, begin + count
         landings.append(Landing(block, start, end - start))
-        return Transfer(first, stop, head, num_bytes, tuple(landings), tuple(runs), tuple(loose), used)
+        return Transfer(
+            first, stop, head, num_bytes, tuple(landings), tuple(runs), tuple(loose), used, self.places[first].device
+        )
 
     def unwanted(self, shard: int, begin: int, num_bytes: int) -> Transfer:
         """Lay a chunk out that holds no tensor: it stays in a mapped file, or is read into a slot and dropped."""
@@ -272,11 +294,12 @@ class Layout:
         large: list[tuple[int, int, int, int]] = []
         used = 0
         run_block, run_from, run_to, run_slot = IN_SLOT, 0, 0, 0
+        lands = self.lands[self.places[first].device]
         for piece in self.pieces(first, stop, head, num_bytes):
             place, offset, _, count = piece
             block = self.block_of[place]
             is_cast = self.places[place].is_cast
-            if block != IN_SLOT and self.lands and not is_cast:
+            if block != IN_SLOT and lands and not is_cast:
                 continue
             if block == IN_SLOT or is_cast or not self.is_small(place):
                 large.append(piece)

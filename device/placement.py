@@ -8,7 +8,7 @@ Reads the model and decides; changes nothing. The decisions are carried out by `
 # Gradient hooks have no public name in `torch.Tensor`.
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal, Protocol
 
 import msgspec
@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from weightstream.device.config import DeviceConfig
+from weightstream.device.devicemap import DeviceMap
 from weightstream.device.dtypes import CASTABLE, destination_dtype, torch_dtype, torch_shape, unsupported
 from weightstream.device.names import NameRules
 from weightstream.device.sharded import check_sharded, is_sharded
@@ -57,7 +58,8 @@ class Place(msgspec.Struct, frozen=True, gc=False):
 
     `num_bytes` and `stored_dtype` are the file's; `dtype` is what it will have in the model, and `name` is the model's
     too: `device.rename` may have made it out of the file's. `stride` is not None where the file's elements do not lie
-    in order: the stage hands out a view of them, and nothing is read into storage of the model's.
+    in order: the stage hands out a view of them, and nothing is read into storage of the model's. `device` counts in
+    `Placement.devices`.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Place(msgspec.Struct, frozen=True, gc=False):
     position: int
     target: Target | None = None
     stride: tuple[int, ...] | None = None
+    device: int = 0
 
     @property
     def is_cast(self) -> bool:
@@ -84,7 +87,7 @@ class Placement:
     """All decisions for one load.
 
     Attributes:
-        device: where adopted tensors go.
+        devices: where adopted and staged tensors go. Several, if a device map says so.
         places: one per tensor that is wanted from the checkpoint, in the checkpoint's order.
         subtrees: modules that load themselves, in order of registration.
         doubles: pairs of places that hold the same tied tensor and must be equal; the second is staged.
@@ -99,10 +102,12 @@ class Placement:
         missing_keys, unexpected_keys: names on one side alone, as torch names them; `binding` adds those of subtrees.
         ignored: such names that the configuration says to ignore; they are in neither list.
         computed: names of the checkpoint that are left out, because the model computes these buffers itself.
+        unloaded: names of the model that a device map leaves on meta.
+        split_ties: the first names of tied tensors for whose other names a device map says another device.
     """
 
-    def __init__(self, device: torch.device, stored: Mapping[str, Stored], config: DeviceConfig) -> None:
-        self.device = device
+    def __init__(self, devices: tuple[torch.device, ...], stored: Mapping[str, Stored], config: DeviceConfig) -> None:
+        self.devices = devices
         self.places: list[Place] = []
         self.subtrees: list[Subtree] = []
         self.doubles: list[tuple[Place, Place]] = []
@@ -116,26 +121,33 @@ class Placement:
         self.unexpected_keys: list[str] = []
         self.ignored: list[str] = []
         self.computed: list[str] = []
+        self.unloaded: list[str] = []
+        self.split_ties: list[str] = []
         self._stored = stored
         self._rules = NameRules(config)
         self._is_strict = config.strict
         self._is_atomic = config.commit == "atomic"
 
-    @property
-    def staged_bytes(self) -> int:
-        """Bytes that are loaded beside tensors that have storage already, and dropped when the load ends."""
+    def staged_bytes(self, devices: Collection[int]) -> int:
+        """Return how many bytes are loaded beside tensors that have storage, and dropped when the load ends."""
         own = [place for tree in self.subtrees for place in tree.places if not _adopts(place)]
         beside = (*own, *self.strided, *self.shared, *self.sharded, *(second for _, second in self.doubles))
-        return sum(place.final_bytes for place in beside)
+        return sum(place.final_bytes for place in beside if place.device in devices)
 
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes of tensors that are copied, so that they can be put back, before what may fail is done to them."""
+    def kept_bytes(self, devices: Collection[int]) -> int:
+        """Return how many bytes are copied, so that they can be put back, before what may fail is done to them."""
         if not self._is_atomic:
             return 0
         targets = [target for tree in self.subtrees if self.wants(tree) for target in tree.targets]
-        own_bytes = sum(target.tensor.nbytes for target in targets if not target.on_meta)
-        return own_bytes + sum(place.final_bytes for place in self.shared)
+        own_bytes = sum(
+            target.tensor.nbytes for target in targets if not target.on_meta and self._index(target) in devices
+        )
+        return own_bytes + sum(place.final_bytes for place in self.shared if place.device in devices)
+
+    def _index(self, target: Target) -> int:
+        """Return which of the devices a tensor is on. Buffers elsewhere count for the first."""
+        device = target.tensor.device
+        return self.devices.index(device) if device in self.devices else 0
 
     @property
     def hooks_may_change_more(self) -> bool:
@@ -172,6 +184,9 @@ class Placement:
             said.append(f"rename: {len(changed)} of {num_stored} names were changed, the first from {first}")
         if len(stored) < num_stored:
             said.append(f"include and exclude: {num_stored - len(stored)} of {num_stored} tensors were left out")
+        if self.split_ties:
+            names = ", ".join(self.split_ties[:5])
+            said.append(f"device_map: {len(self.split_ties)} tied tensors are where their first name is: {names}")
         return said
 
     def wants(self, subtree: Subtree) -> bool:
@@ -214,7 +229,7 @@ def deliver(stored: Mapping[str, Stored], config: DeviceConfig, device: torch.de
     Raises:
         UnsupportedFormatError: torch lacks a dtype.
     """
-    placement = Placement(device, stored, config)
+    placement = Placement((device,), stored, config)
     for position, (name, spec) in enumerate(stored.items()):
         dtype = _stored_dtype(spec, name)
         wanted = dtype
@@ -225,7 +240,9 @@ def deliver(stored: Mapping[str, Stored], config: DeviceConfig, device: torch.de
     return placement
 
 
-def match(model: nn.Module, stored: Mapping[str, Stored], config: DeviceConfig, default: torch.device) -> Placement:
+def match(  # noqa: C901, PLR0912 (one loop over all tensors)
+    model: nn.Module, stored: Mapping[str, Stored], config: DeviceConfig, default: torch.device | DeviceMap
+) -> Placement:
     """Decide for every tensor of a checkpoint, or fail before anything has changed.
 
     Names, shapes, dtypes and devices are compared; all names that shared one tensor go on sharing one.
@@ -233,35 +250,48 @@ def match(model: nn.Module, stored: Mapping[str, Stored], config: DeviceConfig, 
     Args:
         model: on meta, materialised, or partly so.
         stored: the checkpoint's tensors that are wanted, by their names in the model (see `NameRules.apply`).
-        config: all of it is used except `rename`, which has been.
-        default: the device for a model that has no storage yet; materialised parameters decide for themselves.
+        config: used except for `rename`, which has been, and `device_map`, which is `default` then.
+        default: the device for a model that has no storage yet, where materialised parameters decide for themselves; or
+            a map, which materialised parameters have to agree with. Of tied tensors the first name decides.
 
     Raises:
         MissingKeysError, UnexpectedKeysError: with `strict`, for names on one side alone.
         ShapeMismatchError, DtypeMismatchError: for the first tensor that does not fit.
         PlacementError: a tensor of a kind that cannot be loaded, a buffer on meta that is in no checkpoint, or
-            parameters on several devices or on another than the target.
+            parameters on several devices or on another than the target, or a map that does not fit the model.
         UnsupportedFormatError: torch lacks a dtype.
     """
-    placement = Placement(default, stored, config)
+    devices = default if isinstance(default, DeviceMap) else None
+    placement = Placement((), stored, config)
     found = find_targets(model)
-    _check_own_buffers(found, NameRules(config))
+    _check_own_buffers(found, NameRules(config), devices)
     _check_subtrees(found)
     placement.subtrees, placement.prefixes = found.subtrees, found.prefixes
-    placement.device = device = _common_device(found, config, default)
+    if isinstance(default, DeviceMap):
+        default.check(found)
+        _leave_on_meta(placement, found, default)
+        placement.devices = default.devices or (torch.device("cpu"),)
+    else:
+        placement.devices = (_common_device(found, config, default),)
+    index = 0
     places, names, find = placement.places, placement.names, found.by_name.get
     add_place, add_name = places.append, names.append
     unexpected: list[str] = []
     in_place: list[int] = []
     for name, spec in stored.items():
         target = find(name)
+        if devices is not None and (target is not None or _enclosing(found.subtrees, name) is not None):
+            chosen = devices.index_of(name if target is None else target.name)
+            if chosen is None:
+                continue
+            index = chosen
         if target is None or target.subtree is not None:
-            if not _place_specially(placement, found, name, spec, target, config):
+            if not _place_specially(placement, found, name, spec, target, config, index):
                 # Checkpoints of older versions hold what is computed by now: position numbers, rotary tables.
                 (placement.computed if name in found.own_buffers else unexpected).append(name)
                 continue
         else:
-            place = _place(name, spec, target, config, device)
+            place = _place(name, spec, target, config, placement.devices[index], index)
             add_place(place)
             if place.mode != "adopt":
                 _note_in_place(placement, place, target, in_place)
@@ -274,9 +304,42 @@ def match(model: nn.Module, stored: Mapping[str, Stored], config: DeviceConfig, 
         _find_shared(placement, in_place)
     missing: list[str] = []
     if len(names) < len(found.by_name) or placement.subtrees:
-        missing = [name for name, target in found.by_name.items() if target.filled_by < 0 and target.subtree is None]
+        unloaded = set(placement.unloaded)
+        missing = [
+            name
+            for name, target in found.by_name.items()
+            if target.filled_by < 0 and target.subtree is None and name not in unloaded
+        ]
     placement.note_keys(missing, unexpected)
     return placement
+
+
+def _leave_on_meta(placement: Placement, found: Targets, devices: DeviceMap) -> None:
+    """Note what a map leaves on meta, and which ties it would split; forget modules of which nothing is loaded.
+
+    Raises:
+        PlacementError: a module that loads itself would get a part of its tensors alone.
+    """
+    unloaded: set[str] = set()
+    for name, target in found.by_name.items():
+        if name != target.name:  # a tie: dealt with under its first name
+            continue
+        index = devices.index_of(name)
+        if index is None:
+            unloaded.update(target.names)
+        if any(devices.index_of(tie.name) != index for tie in target.ties):
+            placement.split_ties.append(name)
+    placement.unloaded = [name for name in found.by_name if name in unloaded]
+    for subtree in list(found.subtrees):
+        left = [target.name for target in subtree.targets if target.name in unloaded]
+        if left and len(left) == len(subtree.targets):
+            found.subtrees.remove(subtree)
+        elif left:
+            raise PlacementError(
+                f"the device map leaves this on meta, but {subtree.name or 'the model'} loads all its tensors itself",
+                tensor=left[0],
+                hint="Leave all of that module on meta, or nothing",
+            )
 
 
 def _note_in_place(placement: Placement, place: Place, target: Target, in_place: list[int]) -> None:
@@ -317,22 +380,28 @@ def _tensor(place: Place) -> torch.Tensor:
 
 
 def _place_specially(
-    placement: Placement, found: Targets, name: str, spec: Stored, target: Target | None, config: DeviceConfig
+    placement: Placement,
+    found: Targets,
+    name: str,
+    spec: Stored,
+    target: Target | None,
+    config: DeviceConfig,
+    device: int,
 ) -> bool:
     """Place a tensor that a module loads itself; return false for one that has no place at all."""
     subtree = target.subtree if target is not None else _enclosing(found.subtrees, name)
     if subtree is None:
         return False
-    place = _subtree_place(name, spec, target, subtree, config)
+    place = _subtree_place(name, spec, target, subtree, config, device)
     subtree.places.append(place)
     placement.places.append(place)
     placement.names.append(name)
     return True
 
 
-def _check_own_buffers(found: Targets, rules: NameRules) -> None:
+def _check_own_buffers(found: Targets, rules: NameRules, devices: DeviceMap | None) -> None:
     for name in found.own_on_meta:
-        if rules.selects(name):
+        if rules.selects(name) and (devices is None or devices.index_of(name) is not None):
             raise PlacementError(
                 "this buffer is on meta, but it is not persistent, so no checkpoint holds it",
                 tensor=name,
@@ -372,7 +441,7 @@ def _enclosing(subtrees: list[Subtree], name: str) -> Subtree | None:
     return next((subtree for subtree in subtrees if name.startswith(subtree.prefix)), None) if subtrees else None
 
 
-def _place(name: str, spec: Stored, target: Target, config: DeviceConfig, device: torch.device) -> Place:
+def _place(name: str, spec: Stored, target: Target, config: DeviceConfig, device: torch.device, index: int) -> Place:
     tensor, shape = target.tensor, spec.shape
     kind, declared, on_meta = type(tensor), target.declared, target.on_meta
     dtype = torch_dtype(spec.dtype)
@@ -400,7 +469,7 @@ def _place(name: str, spec: Stored, target: Target, config: DeviceConfig, device
             tensor=name,
             hint="Register hooks on parameters after loading",
         )
-    return Place(name, spec.num_bytes, dtype, wanted, shape, mode, target.position, target, spec.stride)
+    return Place(name, spec.num_bytes, dtype, wanted, shape, mode, target.position, target, spec.stride, index)
 
 
 def _mode_in_place(tensor: torch.Tensor, device: torch.device, config: DeviceConfig, name: str) -> Mode:
@@ -422,7 +491,9 @@ def _overlaps(tensor: torch.Tensor) -> bool:
     return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _subtree_place(name: str, spec: Stored, target: Target | None, subtree: Subtree, config: DeviceConfig) -> Place:
+def _subtree_place(
+    name: str, spec: Stored, target: Target | None, subtree: Subtree, config: DeviceConfig, device: int
+) -> Place:
     dtype = _stored_dtype(spec, name)
     shape = torch_shape(spec.dtype, spec.shape)
     wanted = dtype
@@ -437,7 +508,7 @@ def _subtree_place(name: str, spec: Stored, target: Target | None, subtree: Subt
             on_meta = target.tensor.device.type == "meta"
             wanted = destination_dtype(dtype, target.tensor.dtype, config, on_meta=on_meta, tensor=name)
     position = subtree.targets[0].position if subtree.targets else 0
-    return Place(name, spec.num_bytes, dtype, wanted, shape, "stage", position, target, spec.stride)
+    return Place(name, spec.num_bytes, dtype, wanted, shape, "stage", position, target, spec.stride, device)
 
 
 def _check_kind(tensor: torch.Tensor, name: str) -> None:

@@ -7,8 +7,10 @@ was filled, `take` for each tensor whose bytes are all there, `close`.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -16,38 +18,44 @@ from weightstream.device.backend import Backend, Event, Spread
 from weightstream.device.layout import IN_SLOT, Layout, Piece, Transfer
 from weightstream.device.placement import Place
 
-__all__ = ["DeviceStage"]
+__all__ = ["Destination", "DeviceStage"]
+
+
+class Destination(NamedTuple):
+    """One device of a load.
+
+    Attributes:
+        backend: its driver.
+        stream: the user's current stream there when the load was asked for.
+        on_block: told the size of every block that is made there (positive) and let go (negative).
+    """
+
+    backend: Backend
+    stream: object
+    on_block: Callable[[int], None]
 
 
 class DeviceStage:
     """Carries bytes to their blocks and hands out the tensors in them.
 
     Args:
-        backend: the device.
+        destinations: the load's devices, in the order that `Place.device` counts in.
         layout: where everything lies.
-        stream: the user's current stream when the load was asked for.
-        on_block: told the size of every block that is made (positive) and let go (negative).
         given: the memory of the layout's given blocks, which is only ever read from here.
     """
 
     def __init__(
         self,
-        backend: Backend,
+        destinations: Sequence[Destination],
         layout: Layout,
         *,
-        stream: object,
-        on_block: Callable[[int], None],
         given: Sequence[memoryview] = (),
     ) -> None:
         self.num_copies = 0
-        #: Whether readers may write to the blocks themselves.
-        self.lands = backend.lands
         #: Places of materialised parameters that a copy has been submitted into.
         self.touched: set[int] = set()
-        self._backend = backend
+        self._destinations = tuple(destinations)
         self._layout = layout
-        self._stream = stream
-        self._on_block = on_block
         self._lock = threading.Lock()
         self._blocks: dict[int, torch.Tensor] = {
             index: torch.frombuffer(memory, dtype=torch.uint8) for index, memory in enumerate(given)
@@ -56,8 +64,13 @@ class DeviceStage:
         self._members = list(layout.members)
 
     def open(self) -> None:
-        """Make the device wait for what the user's stream has been given: parameters may still be in use there."""
-        self._backend.follow(self._stream)
+        """Make each device wait for what the user's stream there has been given: parameters may still be in use."""
+        for to in self._destinations:
+            to.backend.follow(to.stream)
+
+    def lands(self, transfer: Transfer) -> bool:
+        """Say whether readers may write to a chunk's blocks themselves."""
+        return self._destinations[transfer.device].backend.lands
 
     def buffers(self, transfer: Transfer, slot: memoryview | None, begin: int, end: int) -> list[memoryview]:
         """Return the host memory that bytes `begin` to `end` of a chunk go to, in order. Called on reader threads."""
@@ -92,25 +105,26 @@ class DeviceStage:
         """
         if slot is None:
             return None
+        backend = self._destinations[transfer.device].backend
         try:
-            self._submit(transfer, torch.frombuffer(slot, dtype=torch.uint8), shift)
+            self._submit(transfer, torch.frombuffer(slot, dtype=torch.uint8), shift, backend)
         except BaseException:
-            event = self._backend.record()
+            event = backend.record()
             if event is not None:  # copies that were submitted before the error still read from the slot
                 event.synchronize()
             raise
-        return self._backend.record()
+        return backend.record()
 
-    def _submit(self, transfer: Transfer, source: torch.Tensor, shift: int | None) -> None:
+    def _submit(self, transfer: Transfer, source: torch.Tensor, shift: int | None, backend: Backend) -> None:
         loose: Sequence[Piece] = transfer.loose
         if shift is None:
             for run in transfer.runs:
                 whole = self._parameter_bytes(run.place) if run.block == IN_SLOT else self._block(run.block)
-                self._copy(whole, run.block_offset, source, run.slot_offset, run.num_bytes)
+                self._copy(backend, whole, run.block_offset, source, run.slot_offset, run.num_bytes)
         else:
-            loose = self._submit_large(transfer, source, shift)
+            loose = self._submit_large(transfer, source, shift, backend)
         for group in _neighbours(loose):
-            self._spread(source, group)
+            self._spread(source, group, backend)
 
     def take(self, places: Sequence[int]) -> list[torch.Tensor]:
         """Return finished tensors, in their final dtype and shape, and let go of blocks of which these were the last.
@@ -135,7 +149,8 @@ class DeviceStage:
         taken: dict[int, torch.Tensor] = {}
         for (block, dtype, shape, stride), (ranks, offsets) in alike.items():
             if block == IN_SLOT:  # tensors without bytes
-                views = [torch.empty(shape, dtype=dtype, device=self._backend.device) for _ in ranks]
+                devices = [self._destinations[described[places[rank]].device].backend.device for rank in ranks]
+                views = [torch.empty(shape, dtype=dtype, device=device) for device in devices]
             else:
                 views = _views(
                     _elements(self._block(block), dtype), shape, stride or _contiguous_strides(shape), offsets
@@ -147,15 +162,17 @@ class DeviceStage:
         return [taken[rank] for rank in range(len(places))]
 
     def run(self, action: Callable[[], None]) -> None:
-        """Call `action` with the user's stream current, and return when its work on the device is done."""
-        self._backend.run(action, self._stream)
+        """Call `action` with the user's streams current, and return when its work on the devices is done."""
+        for to in self._destinations:
+            action = functools.partial(to.backend.run, action, to.stream)
+        action()
 
     def close(self) -> None:
         """Let go of all blocks. Copies must have completed; tensors that were taken keep their memory."""
         for block in list(self._blocks):
             self._drop(block)
 
-    def _submit_large(self, transfer: Transfer, source: torch.Tensor, shift: int) -> list[Piece]:
+    def _submit_large(self, transfer: Transfer, source: torch.Tensor, shift: int, backend: Backend) -> list[Piece]:
         """Copy the large tensors of a chunk that has the file's layout; return the pieces that are left."""
         loose: list[Piece] = []
         layout = self._layout
@@ -167,16 +184,22 @@ class DeviceStage:
                 continue
             block = layout.block_of[place]
             whole = self._parameter_bytes(place) if block == IN_SLOT else self._block(block)
-            self._copy(whole, offset, source, shift + position, count)
+            self._copy(backend, whole, offset, source, shift + position, count)
         return loose
 
     def _copy(
-        self, destination: torch.Tensor, offset: int, source: torch.Tensor, source_offset: int, num_bytes: int
+        self,
+        backend: Backend,
+        destination: torch.Tensor,
+        offset: int,
+        source: torch.Tensor,
+        source_offset: int,
+        num_bytes: int,
     ) -> None:
-        self._backend.copy(destination[offset : offset + num_bytes], source[source_offset : source_offset + num_bytes])
+        backend.copy(destination[offset : offset + num_bytes], source[source_offset : source_offset + num_bytes])
         self.num_copies += 1
 
-    def _spread(self, source: torch.Tensor, pieces: list[Piece]) -> None:
+    def _spread(self, source: torch.Tensor, pieces: list[Piece], backend: Backend) -> None:
         begin = pieces[0].slot_offset
         end = pieces[-1].slot_offset + pieces[-1].num_bytes
         parts = [
@@ -184,7 +207,7 @@ class DeviceStage:
             for piece in pieces
             for flat in (self._flat(piece),)
         ]
-        self._backend.spread(source[begin:end], parts)
+        backend.spread(source[begin:end], parts)
         self.num_copies += 1
 
     def _flat(self, piece: Piece) -> torch.Tensor:
@@ -209,11 +232,12 @@ class DeviceStage:
             block = self._blocks.get(index)
             if block is None:
                 num_bytes = self._layout.blocks[index]
-                block, memory = self._backend.allocate(num_bytes, self._stream)
+                to = self._destinations[self._layout.device_of[index]]
+                block, memory = to.backend.allocate(num_bytes, to.stream)
                 self._blocks[index] = block
                 if memory is not None:
                     self._views[index] = memory
-                self._on_block(num_bytes)
+                to.on_block(num_bytes)
             return block
 
     def _host_view(self, index: int) -> memoryview:
@@ -225,7 +249,7 @@ class DeviceStage:
             block = self._blocks.pop(index, None)
             self._views.pop(index, None)
         if block is not None and index >= self._layout.num_given:
-            self._on_block(-self._layout.blocks[index])
+            self._destinations[self._layout.device_of[index]].on_block(-self._layout.blocks[index])
 
 
 def _storage_of(place: Place) -> torch.Tensor:

@@ -59,11 +59,11 @@ class ConsumerSink:
     def prepare(self, checkpoint: Checkpoint, source: Source) -> Prepared:
         engine = self._engine
         ours = Delivery(engine, checkpoint, engine.default_device())
-        placement, backend = ours.placement, ours.backend
+        placement, backends = ours.placement, (ours.backend,)
         decision, plan = choose(
-            engine, checkpoint, source, ours.specs, placement.places, backend, ours.plan, delivers=True
+            engine, checkpoint, source, ours.specs, placement.places, backends, ours.plan, delivers=True
         )
-        return Prepared(placement, backend, plan, decision)
+        return Prepared(placement, backends, plan, decision)
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
         """Take the window: with `preload` room for everything, with `direct` for the largest block alone.
@@ -79,7 +79,7 @@ class ConsumerSink:
         least = total if strategy == "preload" else largest
         self._prepared, self._stage = prepared, stage
         self._window_bytes = total if strategy == "preload" else budget.limit_bytes
-        if prepared.backend.lands:
+        if prepared.backends[0].lands:
             # Half of what is left, so that another stream finds something too, but all that this one cannot do without.
             self._engine.make_room(min(total, max(least, budget.limit_bytes // 4)))
             wished = 0 if strategy == "direct" else budget.left_bytes // 2

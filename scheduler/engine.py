@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -17,6 +17,7 @@ import torch
 
 from weightstream.device.accelerator import AcceleratorBackend, find_device, free_bytes
 from weightstream.device.backend import Backend, HostBackend, NowhereBackend
+from weightstream.device.devicemap import DeviceMap
 from weightstream.errors import MemoryBudgetError
 from weightstream.prefetch.arena import Arena
 from weightstream.prefetch.checkpoint import Checkpoint
@@ -67,12 +68,14 @@ class Machine:
         clock: time, conditions and threads.
         open_source: where bytes come from.
         open_backend: where they go.
+        find_device: which device a setting stands for.
         ring: makes the ring.
     """
 
     clock: Clock = field(default_factory=SystemClock)
     open_source: OpenSource = FileSource
     open_backend: Callable[[torch.device], Backend] = open_backend
+    find_device: Callable[..., torch.device] = find_device
     ring: type[Ring] = Ring
 
 
@@ -151,7 +154,16 @@ class Engine:
 
     def default_device(self) -> torch.device:
         """Return the device that `device.target` stands for; see `find_device`."""
-        return find_device(self.config.device.target)
+        return self.machine.find_device(self.config.device.target)
+
+    def device_map(self, entries: Mapping[str, int | str]) -> DeviceMap:
+        """Return a map with the devices that its values stand for; see `find_device`."""
+        values = dict.fromkeys(entries.values())
+        devices = {
+            value: torch.device("meta") if value == "meta" else self.machine.find_device(value, "device.device_map")
+            for value in values
+        }
+        return DeviceMap({name: devices[value] for name, value in entries.items()})
 
     def backend(self, device: torch.device) -> Backend:
         """Return the one backend for a device."""
@@ -163,12 +175,12 @@ class Engine:
     def prepare_memory(
         self,
         plan: LoadPlan,
-        backend: Backend,
+        backends: Sequence[Backend],
         strategy: ChosenStrategy,
         *,
         io: Literal["auto", "buffered", "direct"],
         num_cold: int,
-        kept_bytes: int,
+        kept_bytes: Sequence[int],
         delivers: bool,
         on_fallback: Callable[[str], None],
     ) -> Ring | None:
@@ -179,11 +191,11 @@ class Engine:
 
         Args:
             plan: what is loaded.
-            backend: where to.
+            backends: where to. The ring is page-locked by the first that can, for all of them, and lies close to it.
             strategy: how.
             io: how it is read; direct reads need slots.
             num_cold: how many chunks are not in the page cache.
-            kept_bytes: how much memory the device needs beside the plan's blocks.
+            kept_bytes: of each device, how much memory it needs beside the plan's blocks.
             delivers: whether a consumer takes the blocks one by one.
             on_fallback: told if page-locking is refused.
 
@@ -193,9 +205,12 @@ class Engine:
         Raises:
             MemoryBudgetError: the host, its budget or the device has too little.
         """
-        self._check_room(plan, backend, kept_bytes, delivers=delivers)
+        for device, one in enumerate(backends):
+            self._check_room(plan.layout.bytes_on(device) + kept_bytes[device], one, delivers=delivers)
+        backend = next((one for one in backends if one.pinnable), backends[0])
         if strategy in ("preload", "direct"):
-            return self._own_ring(plan, backend, slots_of_own(plan, strategy, io), on_fallback)
+            landing_bytes = sum(plan.layout.bytes_on(device) for device, one in enumerate(backends) if one.lands)
+            return self._own_ring(landing_bytes, backend, slots_of_own(plan, strategy, io), on_fallback)
         needed = sum(
             1 for chunk in plan.chunks if chunk.transfer.slot_bytes or (io == "direct" and not chunk.is_mapped)
         )
@@ -230,14 +245,14 @@ class Engine:
         return self.ring
 
     def _own_ring(
-        self, plan: LoadPlan, backend: Backend, slots: OwnSlots, on_fallback: Callable[[str], None]
+        self, landing_bytes: int, backend: Backend, slots: OwnSlots, on_fallback: Callable[[str], None]
     ) -> Ring | None:
         """Make a ring for one load alone; None if it needs no slot, or can do without those that there is no room for."""
         if not slots.most:
             return None
         self.make_room(slots.most * slots.slot_bytes)
-        if backend.lands:
-            needed = slots.needed_bytes + sum(plan.layout.blocks[plan.layout.num_given :])
+        if landing_bytes:
+            needed = slots.needed_bytes + landing_bytes
             self._check_fits("host memory, with what is staged there", needed, available_bytes())
         else:
             self._check_fits("host memory, where they are staged", slots.needed_bytes, available_bytes())
@@ -258,8 +273,7 @@ class Engine:
         self._pin_or_settle(ring, segments, backend, on_fallback)
         return ring
 
-    def _check_room(self, plan: LoadPlan, backend: Backend, kept_bytes: int, *, delivers: bool) -> None:
-        blocks_bytes = kept_bytes + sum(plan.layout.blocks[plan.layout.num_given :])
+    def _check_room(self, blocks_bytes: int, backend: Backend, *, delivers: bool) -> None:
         if delivers:  # a consumer takes them; only so many are there at once
             blocks_bytes = min(blocks_bytes, self.budget.limit_bytes)
         if backend.lands:

@@ -4,13 +4,14 @@ A chunk is granted to readers when its turn has come and there is a buffer for i
 tuner says. If the load is verified, it is then hashed, in its turn. Filled, it waits for the load's own thread, which submits its copies; copied, its slot goes back to the ring
 and its tensors are placed. Back-pressure is nothing but this: no free slot, no grant.
 
-Threads and locks. `take` and the reads it returns run on reader threads, `_reclaim` on a thread of this load,
+Threads and locks. `take` and the reads it returns run on reader threads, `_reclaim` on a thread of this load per device,
 `_hash` on others, everything else on the load's own thread; `stop` on any. One condition guards all state. It is never held
 while a slot is given back, because that wakes the reader pool, whose lock is taken before this one.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,12 +111,13 @@ class Flow:
         self._reads: dict[object, tuple[int, int, float]] = {}
         self._filled: deque[Filled] = deque()
         self._unused: list[Slot] = []
-        self._copies: deque[tuple[Filled, Event]] = deque()
+        #: By device: those that are fast do not wait for those that are slow.
+        self._copies: dict[int, deque[tuple[Filled, Event]]] = {}
         self._placed: list[Chunk] = []
         self._error: BaseException | None = None
         self._drained = False
         self._on_return: Callable[[], None] = lambda: None
-        self._reclaimer: Thread | None = None
+        self._reclaimers: list[Thread] = []
         self._num_hashing = 0
         self._hashers: list[Thread] = []
 
@@ -153,7 +155,7 @@ class Flow:
             if slot is None:
                 return None
         self._next += 1
-        bounces = direct and not chunk.transfer.slot_bytes and self._stage.lands
+        bounces = direct and not chunk.transfer.slot_bytes and self._stage.lands(chunk.transfer)
         fill = self._fills[chunk.index] = _Fill(
             chunk, slot, direct, tuned, bounces, chunk.source.begin, chunk.num_bytes
         )
@@ -359,9 +361,13 @@ class Flow:
             self._recorder.submitted(filled.chunk, is_done=event is None)
         with self._condition:
             if event is not None:
-                self._copies.append((filled, event))
-                if self._reclaimer is None:
-                    self._reclaimer = self._clock.spawn(self._reclaim, "weightstream-copies")
+                device = filled.chunk.transfer.device
+                copies = self._copies.get(device)
+                if copies is None:
+                    copies = self._copies[device] = deque()
+                    reclaim = functools.partial(self._reclaim, copies)
+                    self._reclaimers.append(self._clock.spawn(reclaim, f"weightstream-copies-{device}"))
+                copies.append((filled, event))
                 self._condition.notify_all()
                 return
             self._placed.append(filled.chunk)
@@ -427,7 +433,7 @@ class Flow:
             self._fills.clear()
             self._reads.clear()
             self._ledger.change(reading=-num_stuck)
-            while self._copies:
+            while any(self._copies.values()):
                 self._condition.wait()
             unused = [*self._unused, *(filled.slot for filled in self._filled)]
             self._unused.clear()
@@ -441,8 +447,8 @@ class Flow:
             self._ring.write_off(slot)
         for hasher in hashers:
             hasher.join()
-        if self._reclaimer is not None:
-            self._reclaimer.join()
+        for reclaimer in self._reclaimers:
+            reclaimer.join()
         return num_stuck
 
     def _hash(self, verification: Verification[_Fill]) -> None:
@@ -492,15 +498,15 @@ class Flow:
         self._hand_over(part.item)
         self._ledger.change(filled=len(self._filled) - was_filled)
 
-    def _reclaim(self) -> None:
-        """Wait for copies in the order in which they were submitted, on a thread of its own, and free their slots."""
+    def _reclaim(self, copies: deque[tuple[Filled, Event]]) -> None:
+        """Wait for a device's copies in the order of their submission, on a thread of its own, and free their slots."""
         while True:
             with self._condition:
-                while not self._copies and not self._drained:
+                while not copies and not self._drained:
                     self._condition.wait()
-                if not self._copies:
+                if not copies:
                     return
-                filled, event = self._copies[0]
+                filled, event = copies[0]
             error: BaseException | None = None
             try:
                 event.synchronize()
@@ -509,7 +515,7 @@ class Flow:
             if error is None and self._recorder is not None:
                 self._recorder.copied(filled.chunk)
             with self._condition:
-                self._copies.popleft()
+                copies.popleft()
                 self._ledger.change(copying=-1)
                 if error is not None:
                     self._error = self._error or error

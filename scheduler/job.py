@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import os
 import traceback
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 
@@ -191,14 +191,15 @@ class Job:
                 prepared = sink.prepare(checkpoint, source)
                 self.readiness.expect(prepared.placement.names, prepared.placement.prefixes)
             stack.callback(prepared.placement.release)
-            if prepared.backend.lands:
-                beside_bytes = prepared.placement.staged_bytes + prepared.placement.kept_bytes
-                stack.enter_context(engine.borrow(beside_bytes))
+            landing = {device for device, backend in enumerate(prepared.backends) if backend.lands}
+            if landing:
+                placement = prepared.placement
+                stack.enter_context(engine.borrow(placement.staged_bytes(landing) + placement.kept_bytes(landing)))
             if prepared.placement.hooks_may_change_more:
                 self.fall_back(_NOT_ALL_ATOMIC)
             self._total_bytes = prepared.plan.total_bytes
             if self._ledger.recorder is not None:
-                device, names = _device_name(prepared.backend), [shard.path.name for shard in checkpoint.shards]
+                device, names = _device_names(prepared.backends), [shard.path.name for shard in checkpoint.shards]
                 self._ledger.recorder.describe(str(checkpoint.path), device, names)
             pipeline = Pipeline.open(
                 engine,
@@ -206,7 +207,7 @@ class Job:
                 (checkpoint, source),
                 sink,
                 prepared,
-                stream=self._streams.get(prepared.backend.device),
+                streams=self._streams,
                 ledger=self._ledger,
                 fall_back=self.fall_back,
             )
@@ -329,7 +330,7 @@ class Job:
         self._num_retries += 1
 
     def _report(self, checkpoint: Checkpoint, prepared: Prepared, pipeline: Pipeline, peak: Peak) -> LoadReport:
-        placement, backend, plan, decision = prepared
+        placement, backends, plan, decision = prepared
         wall_s = self._ledger.wall_s
         ranks = find_ranks()
         own, computed = placement.loaded_themselves, placement.computed
@@ -343,7 +344,7 @@ class Job:
             checkpoint=str(checkpoint.path),
             strategy=decision.strategy,
             reason=decision.reason,
-            device=_device_name(backend),
+            device=_device_names(backends),
             dtype=_dtypes(placement.places),
             num_tensors=len(placement.places),
             num_shards=len(checkpoint.shards),
@@ -354,13 +355,14 @@ class Job:
             overlap=self._ledger.overlap,
             host_peak_bytes=peak.value,
             pinned_bytes=pipeline.pinned_bytes,
-            device_peak_bytes=pipeline.blocks.device_peak_bytes,
+            device_peak_bytes=sum(blocks.device_peak_bytes for blocks in pipeline.blocks),
             num_copies=pipeline.stage.num_copies,
             num_retries=self._num_retries,
             decisions=(*checkpoint.notes, *placement.decisions(len(checkpoint.tensors)), *pipeline.decisions()),
             fallbacks=tuple(self._fallbacks),
             missing_keys=tuple(placement.missing_keys),
             unexpected_keys=tuple(placement.unexpected_keys),
+            unloaded_keys=tuple(placement.unloaded),
             verified="none" if pipeline.verification is None else pipeline.verification.describe(),
             hash_s=0.0 if pipeline.verification is None else pipeline.verification.hash_s,
             rank=ranks.rank,
@@ -396,8 +398,8 @@ def _completed(chunks: list[Chunk], parts: dict[int, int]) -> list[int]:
     return done
 
 
-def _device_name(backend: Backend) -> str:
-    return "page-cache" if backend.device.type == "meta" else str(backend.device)
+def _device_names(backends: Sequence[Backend]) -> str:
+    return ", ".join("page-cache" if backend.device.type == "meta" else str(backend.device) for backend in backends)
 
 
 def _dtypes(places: list[Place]) -> str:

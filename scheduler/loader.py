@@ -15,6 +15,7 @@ from anyio.abc import TaskGroup
 from torch import nn
 
 from weightstream.device.accelerator import caller_streams
+from weightstream.device.config import UserMap
 from weightstream.ranks import ranked_logger
 from weightstream.scheduler.config import Settings
 from weightstream.scheduler.consumer import ConsumerSink
@@ -113,13 +114,19 @@ class Loader:
             thread.join()
 
     async def start(
-        self, model: nn.Module, path: Path | None = None, *, recorder: Recorder | None = None
+        self,
+        model: nn.Module,
+        path: Path | None = None,
+        *,
+        device_map: UserMap | None = None,
+        recorder: Recorder | None = None,
     ) -> LoadHandle:
         """Start to load a checkpoint into a model; return once the preflight has passed.
 
         Args:
             model: its parameters on meta get storage on `device.target`; those that have storage are written to.
             path: a folder, an `*.index.json` or a `.safetensors` file; None: what the configuration names.
+            device_map: devices by name of module, as `device.device_map`; goes before that and `device.target`.
             recorder: notes what happens to each chunk, for a timeline.
 
         Cancellation: the load is cancelled, and the model is as it was before.
@@ -129,13 +136,14 @@ class Loader:
             ValueError: no checkpoint is named; or the recorder has recorded a load before.
             RuntimeError: the loader is not open, or the process was forked.
         """
-        return LoadHandle(await self._begin(ModelSink(self._open_engine(), model), path, recorder))
+        return LoadHandle(await self._begin(ModelSink(self._open_engine(), model, device_map), path, recorder))
 
     async def load(
         self,
         model: nn.Module,
         path: Path | None = None,
         *,
+        device_map: UserMap | None = None,
         on_progress: Callable[[Progress], object] | None = None,
         recorder: Recorder | None = None,
     ) -> LoadReport:
@@ -145,6 +153,7 @@ class Loader:
             model: as in `start`.
             path: as in `start`.
             recorder: as in `start`.
+            device_map: as in `start`.
             on_progress: called in this task when something has changed, at most twenty times a second, and at the end.
 
         Cancellation: the load is cancelled and cleaned up before this returns. One that has just come to its end stays.
@@ -153,7 +162,7 @@ class Loader:
             WeightstreamError: the load failed. See `LoadHandle.wait` for what is true of the model then.
             Exception: whatever `on_progress` raises; the load has been cancelled.
         """
-        job = await self._begin(ModelSink(self._open_engine(), model), path, recorder)
+        job = await self._begin(ModelSink(self._open_engine(), model, device_map), path, recorder)
         return await self._complete(job, on_progress)
 
     async def warm(self, path: Path | None = None) -> LoadReport:

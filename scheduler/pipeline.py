@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from weightstream.device.backend import Backend
-from weightstream.device.stage import DeviceStage
+from weightstream.device.stage import Destination, DeviceStage
 from weightstream.errors import ReadError
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.mapping import Prefault, map_shard, refuse_network
@@ -39,7 +41,7 @@ class Pipeline:
         plan: what goes through it.
         found: what of that was in the page cache.
         tuner: has found out how to read the rest.
-        blocks: how much memory its blocks take.
+        blocks: how much memory its blocks take on each device.
         stage: carries bytes to them.
         flow: says who may go on.
         prefault: brings mapped files in, if there are some; goes on after the load, unless that fails.
@@ -49,7 +51,7 @@ class Pipeline:
     plan: LoadPlan
     found: Residency
     tuner: Tuner
-    blocks: BlockAccount
+    blocks: tuple[BlockAccount, ...]
     stage: DeviceStage
     flow: Flow
     prefault: Prefault | None
@@ -69,7 +71,7 @@ class Pipeline:
         sink: Sink,
         prepared: Prepared,
         *,
-        stream: object,
+        streams: Mapping[torch.device, object],
         ledger: Ledger,
         fall_back: Callable[[str], None],
     ) -> Pipeline:
@@ -81,7 +83,7 @@ class Pipeline:
             opened: what is loaded, and where its bytes come from.
             sink: where they go in the end.
             prepared: what is read, to where, and how.
-            stream: the user's stream on the device.
+            streams: the user's current stream on each device.
             ledger: where its time is booked.
             fall_back: told of every downgrade.
 
@@ -93,7 +95,7 @@ class Pipeline:
             LoadTimeoutError: the file system does not answer.
         """
         config = sink.prefetch_config
-        backend, plan, strategy = prepared.backend, prepared.plan, prepared.decision.strategy
+        backends, plan, strategy = prepared.backends, prepared.plan, prepared.decision.strategy
         if strategy == "direct" and config.io == "auto":  # a slot of the size of a tensor has no room for whole pages
             config = config.model_copy(update={"io": "buffered"})
         checkpoint, source = opened
@@ -107,11 +109,11 @@ class Pipeline:
                 fall_back(_RESIDENCY_UNKNOWN)
             ring = engine.prepare_memory(
                 plan,
-                backend,
+                backends,
                 strategy,
                 io=config.io,
                 num_cold=found.num_cold,
-                kept_bytes=prepared.placement.kept_bytes,
+                kept_bytes=[prepared.placement.kept_bytes({device}) for device in range(len(backends))],
                 delivers=sink.delivers,
                 on_fallback=fall_back,
             )
@@ -128,14 +130,19 @@ class Pipeline:
                 known=engine.known_settings.get(checkpoint.file_system),
             )
             engine.readers.widen(tuner.setting.workers)
-            blocks = BlockAccount(engine, backend, delivered=sink.delivers)
-            stack.callback(blocks.close)
+            blocks = tuple(BlockAccount(engine, backend, delivered=sink.delivers) for backend in backends)
+            for account in blocks:
+                stack.callback(account.close)
             prefault: Prefault | None = None
             given: list[memoryview] = []
             if plan.layout.num_given:
                 anywhere = config.allow_network_map
                 prefault, given = files.call(lambda: _map(checkpoint, plan, anywhere=anywhere))
-            stage = DeviceStage(backend, plan.layout, stream=stream, on_block=blocks.change, given=given)
+            destinations = [
+                Destination(backend, streams.get(backend.device), account.change)
+                for backend, account in zip(backends, blocks, strict=True)
+            ]
+            stage = DeviceStage(destinations, plan.layout, given=given)
             stack.callback(stage.close)
             eviction = make_eviction(checkpoint, plan, found, config)
             if eviction is not None:
@@ -203,7 +210,7 @@ class Pipeline:
 
 
 class BlockAccount:
-    """Enters a load's blocks into the host's account, or adds them up for the device.
+    """Enters a load's blocks on one device into the host's account, or adds them up for the device.
 
     Blocks in host memory that parameters take stay entered until the load ends; those that a consumer takes are its
     own from then on.

@@ -1,6 +1,6 @@
 """The plan of a load: frozen data that says what is read, in which order, and where it goes. No I/O, no device.
 
-Tensors that lie next to each other in a shard form an *extent*; extents are cut into *chunks* that fit a slot. A small
+Tensors that lie next to each other in a shard and go to one device form an *extent*; extents are cut into *chunks* that fit a slot. A small
 tensor (one without a block of its own) is never cut, unless it is larger than a chunk.
 """
 
@@ -59,7 +59,7 @@ class LoadPlan:
         chunks: `chunks[i].index == i`.
         layout: the blocks that the chunks fill.
         num_bytes: bytes of all tensors.
-        num_extents: contiguous byte ranges that the chunks were cut from.
+        num_extents: contiguous byte ranges, each for one device, that the chunks were cut from.
         parts: place -> number of chunks, for places that are in more than one.
         empty: places without bytes.
         given: places whose bytes are where they belong: they are read by nobody.
@@ -91,7 +91,7 @@ def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)
     specs: list[TensorSpec],
     places: list[Place],
     *,
-    lands: bool,
+    lands: Sequence[bool],
     chunk_bytes: int,
     own_bytes: int,
     block_bytes: int,
@@ -105,7 +105,7 @@ def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)
     Args:
         specs: what is wanted, sorted by shard and by `begin`.
         places: what becomes of each; parallel to `specs`.
-        lands: whether the device's blocks can be read into directly.
+        lands: of each device, whether its blocks can be read into directly.
         chunk_bytes: the most that one chunk may need of a slot.
         own_bytes: tensors of this size or more get a block of their own.
         block_bytes: size of the blocks that smaller ones share.
@@ -277,9 +277,10 @@ class _Cutter:
     def cut(self) -> Iterator[_Cut]:  # noqa: C901, PLR0912 (one loop over all tensors, without calls)
         own_bytes, chunk_bytes = self._layout.own_bytes, self._chunk_bytes
         has_given = self._layout.num_given > 0
+        has_several, places = len(self._layout.lands) > 1, self._layout.places
         current: _Cut | None = None
         used = 0
-        shard = position = -1
+        shard = position = device = -1
         for index, spec in enumerate(self._specs):
             begin, end = spec.begin, spec.end
             size = end - begin
@@ -289,9 +290,9 @@ class _Cutter:
             if has_given and self._layout.is_given(index):
                 continue
             small = size < own_bytes
-            if begin != position or spec.shard != shard:
+            if begin != position or spec.shard != shard or (has_several and places[index].device != device):
                 self.num_extents += 1
-                shard = spec.shard
+                shard, device = spec.shard, places[index].device
                 if current is not None:
                     yield current
                     current = None

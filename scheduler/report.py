@@ -44,7 +44,7 @@ class LoadReport:
     Attributes:
         checkpoint: the index or file that was loaded.
         strategy: how, and `reason` why so, in one sentence.
-        device: where the tensors are, as torch writes it; "page-cache" where bytes were only read.
+        device: where the tensors are, as torch writes it, all devices of a map; "page-cache" where bytes were only read.
         dtype: of the loaded tensors, the one with most bytes first.
         num_tensors, num_shards, num_bytes: what was loaded; bytes as stored.
         wall_s: seconds from the call to the last tensor in place.
@@ -55,7 +55,8 @@ class LoadReport:
             where one of the two had nothing to do.
         host_peak_bytes: the most that ring and host blocks held together while this load ran, by our own account.
         pinned_bytes: how much of the ring was page-locked at the end.
-        device_peak_bytes: the most device memory that this load had allocated at once for blocks; 0 on the CPU.
+        device_peak_bytes: the most device memory that this load had allocated at once for blocks; 0 on the CPU. Of several
+            devices the sum.
         num_copies: copies from slots to blocks or parameters.
         num_retries: reads that were repeated after an error that passed.
         decisions: how it was read and on which measurements that was decided, one sentence each.
@@ -64,6 +65,7 @@ class LoadReport:
         verified: what the bytes of every shard that was read were compared with: "sha256 (manifest)", "sha256 (hub)"
             for the names of blobs in the Hugging Face cache; "none" if nothing.
         hash_s: seconds that threads spent on hashing, added up; how long the load waited for that is in `phases`.
+        unloaded_keys: what a device map leaves on meta.
         rank, world_size: which of how many processes this is; 0 and 1 where it is alone. See `weightstream.ranks`.
     """
 
@@ -92,6 +94,7 @@ class LoadReport:
     hash_s: float = 0.0
     rank: int = 0
     world_size: int = 1
+    unloaded_keys: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data; the keys are the attributes' names."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from weightstream.device.backend import Backend
 from weightstream.device.binding import Binder
+from weightstream.device.config import UserMap
 from weightstream.device.placement import Placement, deliver, match
 from weightstream.device.stage import DeviceStage
 from weightstream.errors import PlacementError
@@ -32,10 +34,10 @@ _BLOCK_BYTES = 64 * 2**20
 
 
 class Prepared(NamedTuple):
-    """A load that has been decided on."""
+    """A load that has been decided on. `backends`: of `placement.devices`."""
 
     placement: Placement
-    backend: Backend
+    backends: tuple[Backend, ...]
     plan: LoadPlan
     decision: Decision
 
@@ -82,14 +84,16 @@ class Sink(Protocol):
 
 
 class ModelSink:
-    """Places tensors in a model."""
+    """Places tensors in a model, on the devices that the configuration says, or else `device_map`."""
 
     delivers = False
 
-    def __init__(self, engine: Engine, model: nn.Module) -> None:
+    def __init__(self, engine: Engine, model: nn.Module, device_map: UserMap | None = None) -> None:
         if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # not everybody is checked
             raise TypeError(f"expected a torch.nn.Module, found {type(model).__qualname__}")
         self._engine = engine
+        config = engine.config.device
+        self._config = config if device_map is None else config.with_device_map(device_map)
         self._model: nn.Module | None = model
         self._binder: Binder | None = None
         self._wanted: Wanted | None = None
@@ -100,28 +104,30 @@ class ModelSink:
 
     def prepare(self, checkpoint: Checkpoint, source: Source) -> Prepared:
         assert self._model is not None
-        config = self._engine.config
-        self._wanted = wanted = Wanted(checkpoint, config.device)
+        engine, config = self._engine, self._engine.config
+        self._wanted = wanted = Wanted(checkpoint, self._config)
+        entries = self._config.device_map
         with wanted.locating():
-            placement = match(self._model, wanted.tensors, config.device, self._engine.default_device())
-        backend = self._engine.backend(placement.device)
+            default = engine.default_device() if entries is None else engine.device_map(entries)
+            placement = match(self._model, wanted.tensors, self._config, default)
+        backends = tuple(map(engine.backend, placement.devices))
         specs = [wanted.tensors[place.name] for place in placement.places]
 
         def make(decision: Decision) -> LoadPlan:
             return make_plan(
                 specs,
                 placement.places,
-                lands=backend.lands,
+                lands=[backend.lands for backend in backends],
                 chunk_bytes=chunk_bytes(config.prefetch.chunk, specs, decision.strategy),
                 own_bytes=_OWN_BYTES,
                 block_bytes=_BLOCK_BYTES,
                 order=config.scheduler.order,
-                mapped=_mapped(checkpoint, backend, decision),
+                mapped=_mapped(checkpoint, backends, decision),
                 whole=whole_shards(checkpoint, side_by_side=config.scheduler.order == "model"),
             )
 
-        decision, plan = choose(self._engine, checkpoint, source, specs, placement.places, backend, make)
-        return Prepared(placement, backend, plan, decision)
+        decision, plan = choose(engine, checkpoint, source, specs, placement.places, backends, make)
+        return Prepared(placement, backends, plan, decision)
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
         atomic = self._engine.config.device.commit == "atomic"
@@ -170,7 +176,7 @@ class NowhereSink:
         delivery = Delivery(self._engine, checkpoint, torch.device("meta"))
         strategy: ChosenStrategy = "direct" if self._engine.config.strategy == "direct" else "stream"
         decision = Decision(strategy, "what is only read needs no more than a bounded ring")
-        return Prepared(delivery.placement, delivery.backend, delivery.plan(decision), decision)
+        return Prepared(delivery.placement, (delivery.backend,), delivery.plan(decision), decision)
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
         """Nothing to get ready."""
@@ -191,7 +197,7 @@ class NowhereSink:
         """Nothing is held."""
 
 
-def _mapped(checkpoint: Checkpoint, backend: Backend, decision: Decision) -> list[int] | None:
+def _mapped(checkpoint: Checkpoint, backends: Sequence[Backend], decision: Decision) -> list[int] | None:
     """Return the sizes of the shards if the strategy is to map them.
 
     Raises:
@@ -199,11 +205,12 @@ def _mapped(checkpoint: Checkpoint, backend: Backend, decision: Decision) -> lis
     """
     if decision.strategy != "map":
         return None
-    if not backend.lands:
+    elsewhere = [str(backend.device) for backend in backends if not backend.lands]
+    if elsewhere:
         raise PlacementError(
             "strategy: map leaves tensors in the mapped file, so they can only be on the CPU",
             expected="device.target: cpu, and parameters on meta",
-            actual=str(backend.device),
+            actual=", ".join(elsewhere),
             hint="Set strategy to stream",
         )
     return [shard.num_bytes for shard in checkpoint.shards]
@@ -227,12 +234,12 @@ class Delivery:
         return make_plan(
             self.specs,
             self.placement.places,
-            lands=self.backend.lands,
+            lands=[self.backend.lands],
             chunk_bytes=size,
             own_bytes=size,
             block_bytes=size,
             order="file",
             isolate_large=True,
-            mapped=_mapped(self._checkpoint, self.backend, decision),
+            mapped=_mapped(self._checkpoint, (self.backend,), decision),
             whole=whole_shards(self._checkpoint, side_by_side=self.backend.device.type == "meta"),
         )

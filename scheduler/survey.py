@@ -31,7 +31,7 @@ def choose(
     source: Source,
     specs: Sequence[TensorSpec],
     places: Sequence[Place],
-    backend: Backend,
+    backends: Sequence[Backend],
     make: Callable[[Decision], LoadPlan],
     *,
     delivers: bool = False,
@@ -44,7 +44,7 @@ def choose(
         source: how it is read.
         specs: the tensors that are wanted, sorted by shard and by `begin`.
         places: what becomes of each.
-        backend: where to.
+        backends: where to. For several, one ring feeds them all, and `auto` looks no further.
         make: makes the plan.
         delivers: whether a consumer takes them one by one. Such tensors wait in `host_memory`, and never in a file.
     """
@@ -52,7 +52,10 @@ def choose(
     if config.strategy != "auto":
         decision = Decision(config.strategy, "asked for")
         return decision, make(decision)
-    situation = survey(engine, checkpoint, source, specs, places, backend, delivers=delivers)
+    if len(backends) > 1:
+        decision = Decision("stream", f"auto: {len(backends)} devices share one bounded ring")
+        return decision, make(decision)
+    situation = survey(engine, checkpoint, source, specs, places, backends[0], delivers=delivers)
     decision = decide(situation)
     plan = make(decision)
     if decision.strategy == "preload":  # how many slots that takes says the plan alone, which is that of `stream` too

@@ -29,4 +29,5 @@ REPORT_KEYS = [
     "hash_s",
     "rank",
     "world_size",
+    "unloaded_keys",
 ]

@@ -12,6 +12,7 @@ from torch import nn
 
 from weightstream.config import LoaderConfig
 from weightstream.device.accelerator import caller_streams
+from weightstream.device.config import UserMap
 from weightstream.scheduler import loader as scheduler
 from weightstream.scheduler.consumer import ConsumerSink, drain
 from weightstream.scheduler.engine import Engine, Machine
@@ -38,6 +39,7 @@ async def load(
     path: Path | None = None,
     *,
     config: LoaderConfig | None = None,
+    device_map: UserMap | None = None,
     on_progress: Callable[[Progress], object] | None = None,
     recorder: Recorder | None = None,
 ) -> LoadReport:
@@ -47,6 +49,7 @@ async def load(
         model: its parameters on meta get storage on `device.target`; those that have storage are written to.
         path: a folder, an `*.index.json` or a `.safetensors` file; None: what the configuration names.
         config: None: defaults and environment variables.
+        device_map: devices by name of module, as `device.device_map` has it: names, numbers or `torch.device` objects.
         on_progress: called in this task when something has changed, at most twenty times a second, and at the end.
         recorder: notes what happens to each chunk, for a timeline.
 
@@ -57,7 +60,7 @@ async def load(
             `partly_written` names.
     """
     async with Loader(config) as loader:
-        return await loader.load(model, path, on_progress=on_progress, recorder=recorder)
+        return await loader.load(model, path, device_map=device_map, on_progress=on_progress, recorder=recorder)
 
 
 def load_sync(
@@ -65,6 +68,7 @@ def load_sync(
     path: Path | None = None,
     *,
     config: LoaderConfig | None = None,
+    device_map: UserMap | None = None,
     on_progress: Callable[[Progress], object] | None = None,
     recorder: Recorder | None = None,
 ) -> LoadReport:
@@ -74,7 +78,7 @@ def load_sync(
     """
     engine = Engine(LoaderConfig() if config is None else config)
     try:
-        job = scheduler.make_job(engine, path, ModelSink(engine, model), caller_streams(), recorder)
+        job = scheduler.make_job(engine, path, ModelSink(engine, model, device_map), caller_streams(), recorder)
         job.start()
         return _result(job, on_progress)
     finally:

@@ -95,7 +95,11 @@ def _facts(report: LoadReport, *, is_cache: bool) -> Iterable[tuple[str, str]]:
         yield "reads", sentence
     if report.num_retries:
         yield "retries", f"{report.num_retries} reads were repeated"
-    for label, keys in (("missing", report.missing_keys), ("unexpected", report.unexpected_keys)):
+    for label, keys in (
+        ("missing", report.missing_keys),
+        ("unexpected", report.unexpected_keys),
+        ("unloaded", report.unloaded_keys),
+    ):
         if keys:
             yield (
                 label,

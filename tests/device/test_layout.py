@@ -18,7 +18,7 @@ def layout_of(
 ) -> Layout:
     return Layout(
         list(places),
-        lands=lands,
+        lands=[lands],
         own_bytes=1000,
         block_bytes=2048,
         share_across_large=share_across_large,
@@ -95,7 +95,7 @@ def test_cast_and_small_parameters_with_storage_are_copied_one_by_one(*, lands: 
 
 
 def test_copies_of_ten_thousand_small_tensors_are_few() -> None:
-    layout = Layout([place(100)] * 10_000, lands=False, own_bytes=1000, block_bytes=2**20)
+    layout = Layout([place(100)] * 10_000, lands=[False], own_bytes=1000, block_bytes=2**20)
     transfer = layout.transfer(0, 10_000, 0, 1_000_000)
     assert len(transfer.runs) == len(layout.blocks) == 3
 

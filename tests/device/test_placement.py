@@ -182,12 +182,12 @@ def test_target_that_disagrees_is_refused() -> None:
 def test_device_of_a_model_with_storage_wins_over_the_default() -> None:
     model = nn.Sequential(nn.Linear(3, 2, device="meta"), nn.Linear(2, 2))
     placement = match(model, {}, DeviceConfig(strict=False), torch.device("cuda:0"))
-    assert placement.device == torch.device("cpu")
+    assert placement.devices == (torch.device("cpu"),)
 
 
 def test_model_on_meta_goes_to_the_default() -> None:
     placement = match(nn.Linear(3, 2, device="meta"), {}, DeviceConfig(strict=False), torch.device("cuda:0"))
-    assert placement.device == torch.device("cuda:0")
+    assert placement.devices == (torch.device("cuda:0"),)
 
 
 async def test_partly_materialised_model_is_filled_and_adopted(rig: Rig, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tests.fakes.accelerator import FRESH, FakeAccelerator
 from weightstream.device.backend import HostBackend, NowhereBackend
 from weightstream.device.layout import Layout
 from weightstream.device.placement import Mode, Place
-from weightstream.device.stage import DeviceStage
+from weightstream.device.stage import Destination, DeviceStage
 from weightstream.device.targets import Target
 from weightstream.prefetch.arena import Arena
 from weightstream.prefetch.memory import allocate
@@ -34,9 +34,9 @@ class Bench:
     def __init__(self, *places: Place, lands: bool = False) -> None:
         self.accelerator = FakeAccelerator()
         self.changes: list[int] = []
-        self.layout = Layout(list(places), lands=lands, own_bytes=OWN, block_bytes=1 << 16)
+        self.layout = Layout(list(places), lands=[lands], own_bytes=OWN, block_bytes=1 << 16)
         backend = HostBackend(Arena().allocate) if lands else self.accelerator
-        self.stage = DeviceStage(backend, self.layout, stream=None, on_block=self.changes.append)
+        self.stage = DeviceStage([Destination(backend, None, self.changes.append)], self.layout)
         self.memory = memoryview(allocate(1 << 16))
 
     def fill(self, *tensors: torch.Tensor, direct: bool = False) -> None:
@@ -167,8 +167,8 @@ def test_nothing_is_there_before_the_copy(benches: list[Bench]) -> None:
 
 
 def test_nowhere_takes_everything_and_keeps_nothing() -> None:
-    layout = Layout([place(SMALL), place(LARGE)], lands=False, own_bytes=OWN, block_bytes=1 << 16)
-    stage = DeviceStage(NowhereBackend(), layout, stream=None, on_block=lambda _: None)
+    layout = Layout([place(SMALL), place(LARGE)], lands=[False], own_bytes=OWN, block_bytes=1 << 16)
+    stage = DeviceStage([Destination(NowhereBackend(), None, lambda _: None)], layout)
     transfer = layout.transfer(0, 2, 0, SMALL.nbytes + LARGE.nbytes)
     assert stage.submit(transfer, memoryview(allocate(1 << 16)), None) is None
     assert stage.take([1])[0].is_meta

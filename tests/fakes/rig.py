@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from tests.fakes.ring import PoisonedRing
 from tests.fakes.source import Disk
 from weightstream.api import Loader
 from weightstream.config import LoaderConfig
+from weightstream.device.accelerator import find_device
 from weightstream.device.backend import Backend
 from weightstream.prefetch.ring import Ring, RingStatistics, slot_bytes_for
 from weightstream.scheduler import engine
@@ -33,6 +34,8 @@ class Rig:
         read_bytes_per_s, copy_bytes_per_s: speeds in virtual time.
         latency_s: of each read.
         accelerator: makes the fake.
+        several: names of devices, each with a fake of its own, which a device map can have. They are indices of the
+            CPU ("cpu:1"), which torch takes as devices of their own and puts into host memory.
     """
 
     def __init__(
@@ -44,12 +47,16 @@ class Rig:
         copy_bytes_per_s: float | None = None,
         latency_s: float = 0.0,
         accelerator: Callable[..., FakeAccelerator] = FakeAccelerator,
+        several: Sequence[str] = (),
     ) -> None:
         self.device = device
         self.io = io
         self.clock = VirtualClock()
         self.disk = Disk(self.clock, bytes_per_s=read_bytes_per_s, latency_s=latency_s, io=io)
         self.accelerator = accelerator(self.clock, bytes_per_s=copy_bytes_per_s)
+        self.several = {name: accelerator(self.clock, bytes_per_s=copy_bytes_per_s) for name in several}
+        for name, fake in self.several.items():
+            fake.device = torch.device(name)
         self.rings: list[Ring] = []
         rings = self.rings
 
@@ -59,7 +66,11 @@ class Rig:
                 rings.append(self)
 
         self.machine = engine.Machine(
-            clock=self.clock, open_source=self.disk.open, open_backend=self._open_backend, ring=WatchedRing
+            clock=self.clock,
+            open_source=self.disk.open,
+            open_backend=self._open_backend,
+            find_device=self._find_device,
+            ring=WatchedRing,
         )
 
     def loader(
@@ -93,7 +104,7 @@ class Rig:
             "strategy": strategy,
             "prefetch": prefetch,
             "scheduler": scheduler or {},
-            "device": {"target": "cpu", **device},
+            "device": {"target": "auto" if "device_map" in device else "cpu", **device},
         }
         return Loader(LoaderConfig(**sections), machine=self.machine)
 
@@ -103,11 +114,17 @@ class Rig:
         return self.rings[-1].statistics()
 
     def close(self) -> None:
-        """End the fake, and fail if a slot was reused too early."""
-        self.accelerator.close()
-        assert self.accelerator.hazards == []
+        """End the fakes, and fail if a slot was reused too early."""
+        for accelerator in (self.accelerator, *self.several.values()):
+            accelerator.close()
+            assert accelerator.hazards == []
+
+    def _find_device(self, target: str | int, setting: str = "device.target") -> torch.device:
+        return torch.device(target) if target in self.several else find_device(target, setting)
 
     def _open_backend(self, device: torch.device) -> Backend:
+        if str(device) in self.several:
+            return self.several[str(device)]
         if self.device == "host" or device.type == "meta":
             return engine.open_backend(device)
         return self.accelerator

@@ -65,7 +65,7 @@ def plan_of(
     plan = make_plan(
         specs,
         places,
-        lands=lands,
+        lands=[lands],
         chunk_bytes=CHUNK,
         own_bytes=OWN,
         block_bytes=BLOCK,

@@ -1,0 +1,77 @@
+"""A device map: which tensors of a model go to which device, as accelerate writes it. Decides; changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from weightstream.device.targets import Targets
+from weightstream.errors import PlacementError
+
+__all__ = ["DeviceMap"]
+
+
+class DeviceMap:
+    """Names of modules or tensors, and their devices. The longest name that a tensor's begins with decides.
+
+    Args:
+        entries: name -> device; "" is the whole model. What is on `meta` is left unloaded.
+
+    Attributes:
+        devices: those that something is loaded to, each once, in the order of the entries.
+    """
+
+    def __init__(self, entries: Mapping[str, torch.device]) -> None:
+        self._entries = entries
+        self.devices = tuple(dict.fromkeys(device for device in entries.values() if device.type != "meta"))
+        self._indices = {device: index for index, device in enumerate(self.devices)}
+        #: Of modules that have been asked for, as most tensors are asked for beside others of their module.
+        self._found: dict[str, torch.device | None] = {}
+
+    def index_of(self, name: str) -> int | None:
+        """Return a tensor's device as an index into `devices`; None: it stays on meta.
+
+        Raises:
+            PlacementError: the map says nothing about it.
+        """
+        device = self._entries.get(name) or self._of_module(name.rpartition(".")[0])
+        if device is None:
+            raise PlacementError(
+                "the device map gives this tensor no device",
+                tensor=name,
+                hint='Add its module to device.device_map, or "" for everything that is not named',
+            )
+        return self._indices.get(device)
+
+    def check(self, found: Targets) -> None:
+        """Compare the map with the model.
+
+        Raises:
+            PlacementError: it names what the model does not have, or says that a parameter with storage is elsewhere.
+        """
+        modules = {prefix[:-1] for prefix in found.prefixes}
+        for name in self._entries:
+            if name and name not in modules and name not in found.by_name and name not in found.own_buffers:
+                raise PlacementError(f"the device map names {name!r}, and the model has no such module or tensor")
+        for target in found.by_name.values():
+            if target.on_meta or not target.is_parameter:
+                continue
+            index = self.index_of(target.name)
+            expected = torch.device("meta") if index is None else self.devices[index]
+            if target.tensor.device != expected:
+                raise PlacementError(
+                    "the parameter already has storage, on another device than the device map says",
+                    tensor=target.name,
+                    expected=str(expected),
+                    actual=str(target.tensor.device),
+                    hint="Move it there, or change device.device_map",
+                )
+
+    def _of_module(self, name: str) -> torch.device | None:
+        if name not in self._found:
+            device = self._entries.get(name)
+            if device is None and name:
+                device = self._of_module(name.rpartition(".")[0])
+            self._found[name] = device
+        return self._found[name]
