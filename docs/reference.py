@@ -113,7 +113,7 @@ def _single_type(field: Schema, schema: Schema) -> str:
     if "properties" in field:
         keys = (f"`{name}` ({_type(part, schema)})" for name, part in field["properties"].items())
         return f"mapping with {' and '.join(keys)}"
-    return f"mapping from names to: {_type(field['additionalProperties'], schema)}"
+    return f"mapping from names to ({_type(field['additionalProperties'], schema)})"
 
 
 def _limits(field: Schema) -> str:
