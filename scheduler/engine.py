@@ -278,8 +278,12 @@ class Engine:
             blocks_bytes = min(blocks_bytes, self.budget.limit_bytes)
         if backend.lands:
             self._check_fits("host memory", blocks_bytes, available_bytes())
-        elif backend.device.type not in ("meta", "cpu"):
-            self._check_fits(f"memory of {backend.device}", blocks_bytes, free_bytes(backend.device))
+        else:
+            self._check_fits(f"memory of {backend.device}", blocks_bytes, self.free_device_bytes(backend))
+
+    def free_device_bytes(self, backend: Backend) -> int | None:
+        """Return how much memory an accelerator has left; None for other devices, and where that is unknown."""
+        return None if backend.device.type in ("meta", "cpu") else free_bytes(backend.device)
 
     def _num_slots(self, num_slots: int, plan: LoadPlan, backend: Backend, *, delivers: bool) -> int:
         if delivers and backend.lands:  # blocks that wait for a consumer need their part of the budget

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from weightstream.device.accelerator import free_bytes
 from weightstream.device.backend import Backend
 from weightstream.device.placement import Place
 from weightstream.prefetch.checkpoint import Checkpoint
@@ -107,7 +106,7 @@ def survey(
         held_bytes=engine.ring.statistics().num_bytes,
         chunk_bytes=prefetch.chunk,
         free_host_bytes=available_bytes(),
-        free_device_bytes=None if backend.device.type in ("cpu", "meta") else free_bytes(backend.device),
+        free_device_bytes=engine.free_device_bytes(backend),
         num_ranks=find_ranks().local_size,
         file_system=file_system,
         resident_share=_resident_share(source, specs) if wants_residency else None,

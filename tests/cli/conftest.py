@@ -177,6 +177,6 @@ def fixture_config(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "builders_of_a_user.py").write_text(BUILDERS)
     file = tmp_path / "config.yaml"
-    file.write_text("checkpoint: model\nmodel: builders_of_a_user:build\ndevice: {target: cpu}\n")
+    file.write_text("checkpoint: model\nmodel: builders_of_a_user:build\nstrategy: stream\ndevice: {target: cpu}\n")
     yield file
     sys.modules.pop("builders_of_a_user", None)

@@ -41,7 +41,11 @@ EXPECTED: dict[str, tuple[int, bool]] = {
 }
 
 CONFIG = ws.LoaderConfig.model_validate(
-    {"prefetch": {"io": "buffered", "chunk": "64KiB", "workers": 4, "host_memory": "2MiB"}, "device": {"target": "cpu"}}
+    {
+        "strategy": "stream",
+        "prefetch": {"io": "buffered", "chunk": "64KiB", "workers": 4, "host_memory": "2MiB"},
+        "device": {"target": "cpu"},
+    }
 )
 
 reading = threading.Event()

@@ -5,7 +5,6 @@ Does not import accelerate. What its function can do and this one cannot is an e
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 
@@ -16,10 +15,11 @@ from weightstream.api import load_sync
 from weightstream.config import LoaderConfig
 from weightstream.device.config import DeviceConfig, Pattern
 from weightstream.errors import PlacementError
+from weightstream.ranks import ranked_logger
 
 __all__ = ["load_checkpoint_in_model"]
 
-logger = logging.getLogger(__name__)
+logger = ranked_logger(__name__)
 
 
 def load_checkpoint_in_model(  # noqa: PLR0913, PLR0917 (the signature is accelerate's)
