@@ -78,7 +78,7 @@ class Binder:
             for index in filled:
                 ready.extend(site.name for site in _sites(described[index]))
             places = [index for index in places if described[index].mode != "fill"]
-        adopt = self._adopt
+        adopt = self._adopt if self._is_atomic else self._exchange  # one call for each tensor, not two
         for index, tensor in zip(places, self._stage.take(places), strict=True):
             place = described[index]
             loaded = tensor if place.stride is None else self._in_order(tensor)

@@ -138,7 +138,9 @@ class Layout:
         #: How many places up to this one do not follow the one before in its block, byte by byte.
         self._breaks: list[int] = []
         #: Whether readers write everything to where it belongs, so that no slot is needed.
-        self.slotless = all(lands) and not any(place.mode == "fill" or place.is_cast for place in places)
+        self.slotless = all(lands) and not any(
+            place.mode == "fill" or place.dtype is not place.stored_dtype for place in places
+        )
         self._assign_blocks(block_bytes, given, share_across_large=share_across_large)
 
     def _assign_blocks(  # noqa: C901, PLR0915 (one loop over all tensors, without calls)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from itertools import groupby
+from operator import attrgetter
 
 from weightstream.device.backend import Backend
 from weightstream.device.placement import Place
@@ -119,15 +121,14 @@ def _file_system(checkpoint: Checkpoint) -> FileSystem:
 
 def _resident_share(source: Source, specs: Sequence[TensorSpec]) -> float | None:
     """Return how much of the shards, between the first and the last byte wanted of each, is in the page cache."""
-    bounds: dict[int, tuple[int, int]] = {}
-    for spec in specs:  # sorted by shard and by their begin
-        first, last = bounds.get(spec.shard, (spec.begin, spec.end))
-        bounds[spec.shard] = first, max(last, spec.end)
-    ranges = [
-        ByteRange(shard, begin, min(begin + _LOOK_BYTES, last))
-        for shard, (first, last) in bounds.items()
-        for begin in range(first, last, _LOOK_BYTES)
-    ]
+    ranges: list[ByteRange] = []
+    for shard, group in groupby(specs, attrgetter("shard")):  # sorted by shard and by their begin
+        wanted = list(group)
+        last = max(map(attrgetter("end"), wanted))
+        ranges += [
+            ByteRange(shard, begin, min(begin + _LOOK_BYTES, last))
+            for begin in range(wanted[0].begin, last, _LOOK_BYTES)
+        ]
     shares = source.resident_shares(ranges)
     total = sum(one.end - one.begin for one in ranges)
     if not total or None in shares:
