@@ -87,8 +87,8 @@ timeout "$(($(left_s) / 3))" "$main/bin/python" -m pytest -m gpu -q -p no:cachep
 step comparison
 options=(--device cuda --caches warm --checkpoints large small --runs 5
     --large-gigabytes "${LARGE_GIGABYTES:-8.6}" --folder "$scratch/checkpoints"
-    --arms ws-stream ws-again accelerate-meta preload load-file prefetch instanttensor runai fastsafetensors
-    buffered-4 buffered-8 copy)
+    --arms ws-stream ws-again accelerate-meta preload load-file prefetch instanttensor instanttensor-buffered
+    runai fastsafetensors buffered-4 buffered-8 copy)
 [[ -z ${OUTPUT:-} ]] || options+=(--output "$OUTPUT")
 timeout "$(left_s)" "$main/bin/python" -m benchmarks compare "${options[@]}" "${pythons[@]}" \
     --budget-s "$(($(left_s) - 40))" || failures=1
