@@ -118,6 +118,7 @@ def _convert(case: Case) -> None:
         try:
             serializer.write_module(model)
         except (RuntimeError, struct.error) as error:  # 256 KiB for all names, 16 bits for the number of a module
+            part.unlink()
             raise SkippedError(f"its format has no room for so many tensors: {error}") from error
         serializer.close()
         part.rename(file)

@@ -273,7 +273,7 @@ def match(  # noqa: C901, PLR0912 (one loop over all tensors)
         placement.devices = default.devices or (torch.device("cpu"),)
     else:
         placement.devices = (_common_device(found, config, default),)
-    index = 0
+    index, device = 0, placement.devices[0]
     places, names, find = placement.places, placement.names, found.by_name.get
     add_place, add_name = places.append, names.append
     unexpected: list[str] = []
@@ -284,14 +284,14 @@ def match(  # noqa: C901, PLR0912 (one loop over all tensors)
             chosen = devices.index_of(name if target is None else target.name)
             if chosen is None:
                 continue
-            index = chosen
+            index, device = chosen, placement.devices[chosen]
         if target is None or target.subtree is not None:
             if not _place_specially(placement, found, name, spec, target, config, index):
                 # Checkpoints of older versions hold what is computed by now: position numbers, rotary tables.
                 (placement.computed if name in found.own_buffers else unexpected).append(name)
                 continue
         else:
-            place = _place(name, spec, target, config, placement.devices[index], index)
+            place = _place(name, spec, target, config, device, index)
             add_place(place)
             if place.mode != "adopt":
                 _note_in_place(placement, place, target, in_place)
