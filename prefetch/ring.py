@@ -35,6 +35,8 @@ class Segment:
         self.memory = memory
         self.num_bytes = len(memory)
         self.pinned = False
+        #: How many of its slots were written off, and may still be written to.
+        self.num_lost = 0
         #: Whether its slots are on their way out, and how many of them have gone.
         self.is_retired = False
         self.num_forgotten = 0
@@ -84,6 +86,7 @@ class Ring:
         self._free: list[Slot] = []
         self._num_slots = 0
         self._num_written_off = 0
+        self._is_closed = False
 
     def grow(self, num_slots: int, *, numa_node: int | None = None) -> list[Segment]:
         """Map segments until the ring has `num_slots` usable slots, or the budget is spent; return the new ones.
@@ -128,6 +131,17 @@ class Ring:
         """Give up a slot whose memory somebody may still write to. It is never handed out again."""
         with self._lock:
             self._num_written_off += 1
+            slot.segment.num_lost += 1
+
+    def settle(self, slot: Slot) -> None:
+        """Note that nobody writes any more to a slot that was written off, or is about to be.
+
+        It stays lost to the ring. If that has been closed, it was all that kept its segment's memory.
+        """
+        with self._lock:
+            slot.segment.num_lost -= 1
+            if self._is_closed and not slot.segment.num_lost:
+                self._give_back(slot.segment)
 
     def retire(self, segment: Segment) -> None:
         """Hand out no slot of a segment any more. What is held of it comes back as ever; then its memory goes."""
@@ -143,8 +157,11 @@ class Ring:
         segment.num_forgotten += num_slots
         if segment.num_forgotten * self.slot_bytes == segment.num_bytes and segment in self._segments:
             self._segments.remove(segment)
-            self._budget.give(segment.num_bytes)
-            self._account.release(segment.num_bytes)
+            self._give_back(segment)
+
+    def _give_back(self, segment: Segment) -> None:
+        self._budget.give(segment.num_bytes)
+        self._account.release(segment.num_bytes)
 
     def shrink(self, left_bytes: int) -> list[Segment]:
         """Forget segments whose slots are all free, until so much of the budget is left; return them, for unpinning."""
@@ -158,8 +175,7 @@ class Ring:
                 self._segments.remove(segment)
                 self._free = [slot for slot in self._free if slot.segment is not segment]
                 self._num_slots -= len(free)
-                self._budget.give(segment.num_bytes)
-                self._account.release(segment.num_bytes)
+                self._give_back(segment)
                 gone.append(segment)
         return gone
 
@@ -174,12 +190,16 @@ class Ring:
             )
 
     def close(self) -> list[Segment]:
-        """Forget all slots and return the segments, for unpinning. Their memory goes with the last reference."""
+        """Forget all slots and return the segments, for unpinning. Their memory goes with the last reference.
+
+        Those with slots that were written off are held by whoever may still write to them, and count until `settle`.
+        """
         with self._lock:
             segments, self._segments, self._free = self._segments, [], []
             self._num_slots = 0
-        for segment in segments:
-            segment.wanted = False
-            self._account.release(segment.num_bytes)
-            self._budget.give(segment.num_bytes)
+            self._is_closed = True
+            for segment in segments:
+                segment.wanted = False
+                if not segment.num_lost:
+                    self._give_back(segment)
         return segments

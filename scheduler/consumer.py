@@ -16,6 +16,7 @@ from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.source import Source
 from weightstream.scheduler.engine import Engine
+from weightstream.scheduler.files import Files
 from weightstream.scheduler.plan import Chunk
 from weightstream.scheduler.sinks import Delivery, Prepared
 from weightstream.scheduler.survey import choose
@@ -56,12 +57,12 @@ class ConsumerSink:
     def prefetch_config(self) -> PrefetchConfig:
         return self._engine.config.prefetch
 
-    def prepare(self, checkpoint: Checkpoint, source: Source) -> Prepared:
+    def prepare(self, checkpoint: Checkpoint, source: Source, files: Files) -> Prepared:
         engine = self._engine
         ours = Delivery(engine, checkpoint, engine.default_device())
         placement, backends = ours.placement, (ours.backend,)
         decision, plan = choose(
-            engine, checkpoint, source, ours.specs, placement.places, backends, ours.plan, delivers=True
+            engine, files, checkpoint, source, ours.specs, placement.places, backends, ours.plan, delivers=True
         )
         return Prepared(placement, backends, plan, decision)
 

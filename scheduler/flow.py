@@ -183,8 +183,8 @@ class Flow:
         if error is None:
             self._note_part(fill, end - begin, began_s, copy_s, ended_s)
         with self._condition:
-            if fill.given_up:  # by `drain`: the slot is written off, nobody waits
-                self._on_return()
+            if fill.given_up:
+                self._come_back(fill)
                 return
             busy = len(self._reads) >= self._tuner.setting.workers
             del self._reads[read]
@@ -207,6 +207,13 @@ class Flow:
             workers = self._tuner.setting.workers
         if has_changed:
             self._widen(workers)
+
+    def _come_back(self, fill: _Fill) -> None:
+        """Note that a read has returned which `drain` gave up: the slot is written off, nobody waits."""
+        fill.num_reading -= 1
+        if fill.slot is not None and not fill.num_reading:
+            self._ring.settle(fill.slot)
+        self._on_return()
 
     def _note_part(self, fill: _Fill, num_bytes: int, began_s: float, copy_s: float | None, ended_s: float) -> None:
         """Note that a part is there; with the last one, give back a slot that was only read through.

@@ -146,7 +146,7 @@ class Pipeline:
             stack.callback(stage.close)
             eviction = make_eviction(checkpoint, plan, found, config)
             if eviction is not None:
-                stack.callback(eviction.finish)
+                files.opened.callback(eviction.finish)  # before they are closed, once nothing is read any more
             paths = [shard.path for shard in checkpoint.shards]
             reading = Reading(source, tuner, found.resident, engine.readers.widen, eviction, paths, config.stall_s)
             flow = Flow(plan, reading, stage, ring or engine.ring, engine.clock, ledger, sink.admit, verification)

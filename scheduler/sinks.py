@@ -18,6 +18,7 @@ from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.source import Source
 from weightstream.scheduler.engine import Engine
+from weightstream.scheduler.files import Files
 from weightstream.scheduler.plan import Chunk, LoadPlan, make_plan
 from weightstream.scheduler.slots import chunk_bytes
 from weightstream.scheduler.strategy import ChosenStrategy, Decision
@@ -54,8 +55,8 @@ class Sink(Protocol):
     @property
     def prefetch_config(self) -> PrefetchConfig: ...
 
-    def prepare(self, checkpoint: Checkpoint, source: Source) -> Prepared:
-        """Decide where every tensor goes, and how, or fail; change nothing, read nothing."""
+    def prepare(self, checkpoint: Checkpoint, source: Source, files: Files) -> Prepared:
+        """Decide where every tensor goes, and how, or fail; change nothing, read nothing. Files are asked through `files`."""
         ...
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
@@ -102,7 +103,7 @@ class ModelSink:
     def prefetch_config(self) -> PrefetchConfig:
         return self._engine.config.prefetch
 
-    def prepare(self, checkpoint: Checkpoint, source: Source) -> Prepared:
+    def prepare(self, checkpoint: Checkpoint, source: Source, files: Files) -> Prepared:
         assert self._model is not None
         engine, config = self._engine, self._engine.config
         self._wanted = wanted = Wanted(checkpoint, self._config)
@@ -126,7 +127,7 @@ class ModelSink:
                 whole=whole_shards(checkpoint, side_by_side=config.scheduler.order == "model"),
             )
 
-        decision, plan = choose(engine, checkpoint, source, specs, placement.places, backends, make)
+        decision, plan = choose(engine, files, checkpoint, source, specs, placement.places, backends, make)
         return Prepared(placement, backends, plan, decision)
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
@@ -172,7 +173,7 @@ class NowhereSink:
         """Buffered, and kept, whatever was asked for: the page cache is all that is filled."""
         return self._engine.config.prefetch.model_copy(update={"io": "buffered", "page_cache": "keep"})
 
-    def prepare(self, checkpoint: Checkpoint, source: Source) -> Prepared:
+    def prepare(self, checkpoint: Checkpoint, source: Source, files: Files) -> Prepared:
         delivery = Delivery(self._engine, checkpoint, torch.device("meta"))
         strategy: ChosenStrategy = "direct" if self._engine.config.strategy == "direct" else "stream"
         decision = Decision(strategy, "what is only read needs no more than a bounded ring")

@@ -16,6 +16,7 @@ from weightstream.prefetch.memory import available_bytes
 from weightstream.prefetch.source import ByteRange, Source
 from weightstream.ranks import find_ranks
 from weightstream.scheduler.engine import Engine
+from weightstream.scheduler.files import Files
 from weightstream.scheduler.plan import LoadPlan
 from weightstream.scheduler.slots import slots_of_own
 from weightstream.scheduler.strategy import Decision, Situation, decide
@@ -26,8 +27,9 @@ __all__ = ["choose", "survey"]
 _LOOK_BYTES = 64 * 2**20
 
 
-def choose(
+def choose(  # noqa: PLR0913 (what there is to decide on)
     engine: Engine,
+    files: Files,
     checkpoint: Checkpoint,
     source: Source,
     specs: Sequence[TensorSpec],
@@ -41,6 +43,7 @@ def choose(
 
     Args:
         engine: whose configuration and memory.
+        files: whatever may hang in a file system is done through these.
         checkpoint: what is loaded.
         source: how it is read.
         specs: the tensors that are wanted, sorted by shard and by `begin`.
@@ -56,7 +59,7 @@ def choose(
     if len(backends) > 1:
         decision = Decision("stream", f"auto: {len(backends)} devices share one bounded ring")
         return decision, make(decision)
-    situation = survey(engine, checkpoint, source, specs, places, backends[0], delivers=delivers)
+    situation = survey(engine, files, checkpoint, source, specs, places, backends[0], delivers=delivers)
     decision = decide(situation)
     plan = make(decision)
     if decision.strategy == "preload":  # how many slots that takes says the plan alone, which is that of `stream` too
@@ -67,6 +70,7 @@ def choose(
 
 def survey(
     engine: Engine,
+    files: Files,
     checkpoint: Checkpoint,
     source: Source,
     specs: Sequence[TensorSpec],
@@ -91,7 +95,7 @@ def survey(
     is_host = backend.lands
     can_stay = is_host and not (delivers or filled_bytes or cast_bytes)
     can_stay = can_stay and prefetch.page_cache == "keep" and prefetch.io != "direct"
-    file_system = _file_system(checkpoint)
+    file_system = files.call(lambda: _file_system(checkpoint, files))
     wants_residency = can_stay and file_system.kind == "local"
     staged_bytes = filled_bytes + cast_bytes if is_host and not delivers else num_bytes
     return Situation(
@@ -111,12 +115,19 @@ def survey(
         free_device_bytes=engine.free_device_bytes(backend),
         num_ranks=find_ranks().local_size,
         file_system=file_system,
-        resident_share=_resident_share(source, specs) if wants_residency else None,
+        resident_share=files.call(lambda: _resident_share(source, specs)) if wants_residency else None,
     )
 
 
-def _file_system(checkpoint: Checkpoint) -> FileSystem:
-    return file_system_of(checkpoint.shards[0].fd) if checkpoint.shards else FileSystem("local", "nothing")
+def _file_system(checkpoint: Checkpoint, files: Files) -> FileSystem:
+    if not checkpoint.shards:
+        return FileSystem("local", "nothing")
+    shard = checkpoint.shards[0]
+    files.begin(shard.path)
+    try:
+        return file_system_of(shard.fd)
+    except OSError as error:  # it may be read from all the same; but what is mapped should be of something steady
+        return FileSystem("network", f"a file system that does not say what it is ({error.strerror})")
 
 
 def _resident_share(source: Source, specs: Sequence[TensorSpec]) -> float | None:

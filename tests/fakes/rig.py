@@ -73,7 +73,7 @@ class Rig:
             ring=WatchedRing,
         )
 
-    def loader(
+    def loader(  # noqa: PLR0913 (settings, by name)
         self,
         *,
         chunk: int = 64 * KIB,
@@ -84,6 +84,7 @@ class Rig:
         scheduler: dict[str, Any] | None = None,
         strategy: str = "auto",
         verify: str = "none",
+        page_cache: str = "keep",
         **device: Any,
     ) -> Loader:
         """Make a loader. `num_slots`: the ring has room for no more; `device`: settings of that section.
@@ -98,6 +99,7 @@ class Rig:
             "host_memory": host_memory or 2**30,
             "io": self.io,
             "verify": verify,
+            "page_cache": page_cache,
             "stall_s": stall_s,
         }
         sections: dict[str, Any] = {

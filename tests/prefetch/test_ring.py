@@ -203,3 +203,27 @@ def test_retired_segment_goes_with_its_last_slot() -> None:
     found = ring.statistics()
     assert (found.num_slots, found.num_free, found.num_bytes) == (3, 1, 3 * 40 * MIB)
     assert budget.left_bytes == 40 * MIB == 4 * 40 * MIB - account.held_bytes
+
+
+def test_closed_ring_holds_what_was_written_off_until_nobody_writes_to_it() -> None:
+    budget, account = Budget(3 * SLOT), MemoryAccount()
+    ring = Ring(SLOT, budget, account)
+    ring.grow(3)
+    lost, also_lost, other = acquire_all(ring)
+    ring.release(other)
+    ring.write_off(lost)
+    ring.settle(also_lost)  # one that returned a moment before it was written off
+    ring.write_off(also_lost)
+    ring.close()
+    assert (budget.left_bytes, account.held_bytes) == (0, 3 * SLOT)
+    ring.settle(lost)
+    assert (budget.left_bytes, account.held_bytes) == (3 * SLOT, 0)
+
+
+def test_settled_slot_of_an_open_ring_is_still_lost() -> None:
+    ring = make_ring(1)
+    (slot,) = acquire_all(ring)
+    ring.write_off(slot)
+    ring.settle(slot)
+    assert ring.acquire_nowait() is None
+    assert ring.statistics() == RingStatistics(1, 0, 1, SLOT, 0)

@@ -18,9 +18,11 @@ from tests.fakes.rig import Rig
 from tests.fakes.source import Gate
 from tests.models import SmallNet, tensors_of
 from weightstream.api import Loader
-from weightstream.errors import LoadCancelledError, LoadTimeoutError, ReadError
+from weightstream.errors import LoadCancelledError, LoadTimeoutError, MemoryBudgetError, ReadError
 from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
-from weightstream.scheduler import job
+from weightstream.prefetch.eviction import Eviction
+from weightstream.prefetch.filesystem import FileSystem
+from weightstream.scheduler import job, survey
 
 MakeRig = Callable[..., Rig]
 
@@ -82,6 +84,27 @@ async def test_read_that_does_not_return_ends_the_load(
             assert rig.disk.closed.wait(30)
             assert rig.ring.num_written_off == num_lost  # it is not handed out again
     assert rig.disk.num_open == 0
+    assert_loaded(model, tensors)
+
+
+async def test_memory_of_a_ring_of_its_own_counts_until_the_read_returns(
+    make_rig: MakeRig, path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    async with make_rig("fake").loader(strategy="preload") as loader:
+        needed_bytes = (await loader.load(on_meta(), path)).host_peak_bytes
+    rig = make_rig("fake")
+    gate = rig.disk.stop_at(0, is_stuck=True)
+    with leaves_nothing():
+        async with rig.loader(strategy="preload", host_memory=needed_bytes, workers=2, stall_s=7.0) as loader:
+            with pytest.raises(LoadTimeoutError):
+                await loader.load(on_meta(), path)
+            with pytest.raises(MemoryBudgetError, match=r"expected \d+ bytes, found 0 bytes"):
+                await loader.load(on_meta(), path)
+            rig.disk.closed.clear()
+            gate.open()
+            assert rig.disk.closed.wait(30)
+            model = on_meta()
+            await loader.load(model, path)
     assert_loaded(model, tensors)
 
 
@@ -185,6 +208,49 @@ async def test_comparison_that_hangs_rolls_the_load_back(rig: Rig, path: Path, m
         assert_on_meta(model)
         assert rig.ring.num_free == rig.ring.num_slots
         gate.open()
+
+
+async def test_file_system_that_does_not_say_what_it_is_ends_the_load(
+    rig: Rig, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(rig.clock)
+    monkeypatch.setattr(survey, "file_system_of", lambda _: gate.pass_through())
+    async with rig.loader(stall_s=5.0) as loader:
+        with pytest.raises(LoadTimeoutError, match="did not answer in time"):
+            await loader.start(on_meta(), path)
+        assert rig.clock.now() == 5.0
+        gate.open()
+
+
+async def test_page_cache_that_does_not_answer_ends_the_load(
+    make_rig: MakeRig, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make_rig("host")
+    gate = Gate(rig.clock)
+    monkeypatch.setattr(survey, "file_system_of", lambda _: FileSystem("local", "ext4"))
+    monkeypatch.setattr(survey, "_resident_share", lambda *_: gate.pass_through())
+    async with rig.loader(stall_s=5.0) as loader:
+        with pytest.raises(LoadTimeoutError, match="did not answer in time"):
+            await loader.start(on_meta(), path)
+        assert rig.clock.now() == 5.0
+        gate.open()
+
+
+async def test_page_cache_that_is_not_emptied_is_not_waited_for(
+    make_rig: MakeRig, path: Path, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make_rig("host")
+    gate = Gate(rig.clock)
+    monkeypatch.setattr(Eviction, "finish", lambda self: gate.pass_through())
+    model = on_meta()
+    with leaves_nothing():
+        async with rig.loader(page_cache="drop") as loader:
+            await loader.load(model, path)
+            assert rig.clock.now() == 0.5
+            assert_loaded(model, tensors)
+            gate.open()
+            with rig.clock.participate():
+                rig.clock.sleep(1.0)
 
 
 async def test_closing_that_hangs_is_not_waited_for(

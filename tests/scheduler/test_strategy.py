@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -220,6 +222,19 @@ async def load(rig: Rig, path: Path, tensors: dict[str, torch.Tensor], device: s
 
 def cpu_config(**sections: Any) -> ws.LoaderConfig:
     return ws.LoaderConfig(**{"device": {"target": "cpu"}, **sections})
+
+
+async def test_file_system_that_does_not_say_what_it_is_is_read_from(
+    make_rig: Callable[..., Rig], path: Path, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: int) -> FileSystem:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    set_up(monkeypatch)
+    monkeypatch.setattr(survey, "file_system_of", refuse)
+    report = await load(make_rig("host"), path, tensors)
+    assert report.strategy == "stream"
+    assert "a file system that does not say what it is (Stale file handle)" in report.reason
 
 
 def test_files_in_the_page_cache_are_mapped(

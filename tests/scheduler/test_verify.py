@@ -109,6 +109,38 @@ async def test_every_byte_is_read_once_and_hashed(rig: Rig, saved: Saved, order:
     assert report.fallbacks == ()
 
 
+@pytest.mark.parametrize("where", ["meta", "cpu"], ids=["adopt", "in-place"])
+@pytest.mark.parametrize("commit", ["progressive", "atomic"])
+@pytest.mark.parametrize("strategy", ["stream", "preload", "direct", "map"])
+async def test_every_strategy_and_commit_is_verified(
+    make_rig: MakeRig, saved: Saved, strategy: str, commit: str, where: str
+) -> None:
+    """What is wrong in the last byte is refused; a model that is not committed yet stays as it was, bit for bit."""
+    tensors, path = saved
+    with torch.device(where):
+        model = SmallNet()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rig = make_rig("host" if strategy == "map" else "fake")
+    last = files_of(path)[-1]
+    with leaves_nothing():
+        async with rig.loader(strategy=strategy, verify="sha256", commit=commit) as loader:
+            flip(last, last.stat().st_size - 1)
+            with pytest.raises(IntegrityError, match="SHA-256 is not what the manifest says") as caught:
+                await loader.load(model, path)
+            assert caught.value.file == str(last)
+            if where == "meta":
+                assert all(parameter.is_meta for parameter in model.parameters())
+            elif commit == "atomic" or strategy == "preload":
+                assert caught.value.partly_written == ()
+                for name, tensor in model.state_dict().items():
+                    assert_same(tensor, before[name])
+            flip(last, last.stat().st_size - 1)
+            report = await loader.load(model, path)
+        assert_all_free(rig)
+    assert report.verified == "sha256 (manifest)"
+    assert_loaded(model, tensors)
+
+
 async def test_without_it_nothing_is_hashed(rig: Rig, saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed = Hashed(monkeypatch)
     _, path = saved
