@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import random
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from weightstream.errors import ReadError
 from weightstream.ranks import ranked_logger
 
-__all__ = ["ONCE", "Attempts"]
+__all__ = ["ONCE", "Attempts", "sleeping"]
 
 logger = ranked_logger(__name__)
 
@@ -70,6 +71,16 @@ class Attempts:
                 if not isinstance(error.__cause__, OSError) or not self.once_more(error.__cause__, number, file):
                     raise
             number += 1
+
+
+def sleeping(num_retries: int) -> Attempts:
+    """Make attempts that simply sleep: for whoever looks at a checkpoint outside of a load, and can be left behind."""
+
+    def pause(seconds: float) -> bool:
+        time.sleep(seconds)
+        return True
+
+    return Attempts(num_retries, pause=pause, on_retry=lambda: None)
 
 
 #: No second attempt: for whoever looks at a checkpoint outside of a load.

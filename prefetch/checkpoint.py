@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from weightstream.errors import CheckpointError, IntegrityError
+from weightstream.errors import CheckpointError, IntegrityError, ReadError
 from weightstream.prefetch.attempts import ONCE, Attempts
 from weightstream.prefetch.finding import find_checkpoint, refuse_rivals
 from weightstream.prefetch.hashing import FileHash
@@ -37,6 +37,7 @@ class Checkpoint:
         notes: what was left alone or left out, one sentence each.
         hashes: for each shard, a hash that has seen its header, or nothing of a file of `torch.save`; empty unless the
             checkpoint was opened to be verified.
+        index: what the index was (see `identity_of`) before it was read; None if there is none.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class Checkpoint:
         tensors: dict[str, TensorSpec],
         notes: tuple[str, ...] = (),
         hashes: tuple[FileHash, ...] = (),
+        index: tuple[int, int, int, int] | None = None,
     ) -> None:
         self.path = path
         self.shards = shards
         self.tensors = tensors
         self.notes = notes
         self.hashes = hashes
+        self.index = index
         self._closed = False
 
     @property
@@ -70,27 +73,15 @@ class Checkpoint:
         return sum(spec.num_bytes for spec in self.tensors.values())
 
     def check_unchanged(self) -> None:
-        """Compare every shard with what the preflight saw, by descriptor and by path.
+        """Compare every shard with what the preflight saw, by descriptor and by path, and the index by path.
 
         Raises:
             IntegrityError: a file was replaced, rewritten or truncated meanwhile.
         """
+        if self.index is not None:
+            _check_same(self.path, self.index, self.path)
         for shard in self.shards:
-            try:
-                found = (identity_of(os.fstat(shard.fd)), identity_of(os.stat(shard.path)))
-            except OSError as exc:
-                raise IntegrityError(
-                    f"the file vanished while it was being loaded: {exc.strerror}", file=shard.path
-                ) from exc
-            for identity in found:
-                if identity != shard.identity:
-                    raise IntegrityError(
-                        "the file changed while it was being loaded",
-                        file=shard.path,
-                        expected=f"(device, inode, bytes, mtime in ns) {shard.identity}",
-                        actual=str(identity),
-                        hint="Load again once nothing writes to the checkpoint",
-                    )
+            _check_same(shard.path, shard.identity, shard.fd, shard.path)
 
     def close(self) -> None:
         if not self._closed:
@@ -141,9 +132,10 @@ def open_checkpoint(
     listed_in = found.path
     root = Path(os.path.realpath(listed_in.parent))
     weight_map: dict[str, str] | None = None
+    seen: tuple[int, int, int, int] | None = None
     if listed_in.name.endswith(".json"):
         index = resolve(root, listed_in, allow_outside_links=allow_outside_links or found.named)
-        weight_map = attempts.call(lambda: read_index(listed_in, index), listed_in)
+        weight_map, seen = attempts.call(lambda: _read_index(listed_in, index), listed_in)
     names = [listed_in.name] if weight_map is None else list(dict.fromkeys(weight_map.values()))
     rivals = [name for name in found.rivals if name not in names]
     if rivals:
@@ -170,7 +162,7 @@ def open_checkpoint(
         for shard in shards:
             os.close(shard.fd)
         raise
-    return Checkpoint(listed_in, tuple(shards), tensors, tuple(notes), tuple(begun))
+    return Checkpoint(listed_in, tuple(shards), tensors, tuple(notes), tuple(begun), seen)
 
 
 def _open(
@@ -199,6 +191,32 @@ def _read_tensors(shard: Shard, number: int, begun: FileHash | None) -> tuple[li
         return read_header(shard.fd, shard.num_bytes, file=file, shard=number, on_bytes=on_bytes), []
     # What says where the tensors are stands behind them, so all of the file is hashed when they are read.
     return read_torch_file(shard.fd, shard.num_bytes, file=file, shard=number)
+
+
+def _read_index(path: Path, resolved: Path) -> tuple[dict[str, str], tuple[int, int, int, int]]:
+    """Return the map of an index, and what the file was before that was read."""
+    try:
+        identity = identity_of(os.stat(resolved))
+    except OSError as exc:
+        raise ReadError(f"cannot read the index: {exc.strerror}", file=path, actual=f"errno {exc.errno}") from exc
+    return read_index(path, resolved), identity
+
+
+def _check_same(file: Path, expected: tuple[int, int, int, int], *ways: int | Path) -> None:
+    """Look at a file in several ways, each of which must find what it was."""
+    for way in ways:
+        try:
+            actual = identity_of(os.stat(way))
+        except OSError as exc:
+            raise IntegrityError(f"the file vanished while it was being loaded: {exc.strerror}", file=file) from exc
+        if actual != expected:
+            raise IntegrityError(
+                "the file changed while it was being loaded",
+                file=file,
+                expected=f"(device, inode, bytes, mtime in ns) {expected}",
+                actual=str(actual),
+                hint="Load again once nothing writes to the checkpoint",
+            )
 
 
 def _check_new(shard: Shard, name: str, files: dict[tuple[int, ...], str]) -> None:

@@ -231,6 +231,7 @@ def inspect(session: _Session, checkpoint: str, *, as_json: bool) -> None:
     """
     from weightstream.config import LoaderConfig  # noqa: PLC0415
     from weightstream.display import Output  # noqa: PLC0415
+    from weightstream.prefetch.attempts import sleeping  # noqa: PLC0415
     from weightstream.prefetch.checkpoint import open_checkpoint  # noqa: PLC0415
     from weightstream.summary import print_checkpoint  # noqa: PLC0415
     from weightstream.warm import in_thread  # noqa: PLC0415
@@ -243,6 +244,7 @@ def inspect(session: _Session, checkpoint: str, *, as_json: bool) -> None:
             settings.checkpoint,
             variant=settings.prefetch.variant,
             allow_outside_links=settings.prefetch.allow_outside_links,
+            attempts=sleeping(settings.prefetch.retries),
         )
 
     async def show() -> None:

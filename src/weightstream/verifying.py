@@ -14,6 +14,7 @@ from rich.console import Console
 from weightstream.config import LoaderConfig
 from weightstream.display import Display, format_bytes, format_rate
 from weightstream.errors import WeightstreamError, shown
+from weightstream.prefetch.attempts import sleeping
 from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.digests import MANIFEST_NAME, Digest, find_digests, write_manifest
@@ -144,6 +145,7 @@ async def verify(config: LoaderConfig, display: Display, *, writes_manifest: boo
                 variant=prefetch.variant,
                 allow_outside_links=prefetch.allow_outside_links,
                 hashes=True,
+                attempts=sleeping(prefetch.retries),
             )
         )
     with checkpoint:

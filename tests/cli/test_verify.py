@@ -15,6 +15,8 @@ import torch
 
 from tests.builders import flip, open_files, write_checkpoint, write_sums
 from tests.cli.conftest import Run
+from tests.fakes.filesystem import Behaviour, Fault, mounted
+from tests.fakes.fixtures import requires_fuse
 
 
 @pytest.fixture(name="folder")
@@ -150,3 +152,14 @@ def test_files_of_torch_save_are_hashed_whole(weightstream: Run, tmp_path: Path)
     assert (result.code, json.loads(result.out)["shards"][0]["sha256"]) == (0, sha256(file))
     flip(file, file.read_bytes().index(b"ZZZZ"))  # padding, which nothing else looks at
     assert weightstream("verify", file, "--quiet").code == 1
+
+
+@requires_fuse
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_header_that_cannot_be_read_once_is_read_again(weightstream: Run, folder: Path, command: str) -> None:
+    write_sums(folder)
+    fault = Fault(sorted(folder.glob("*.safetensors"))[1].name, "error", request=0)
+    with mounted(folder, Behaviour(faults=(fault,), is_cached=False)) as mount:
+        result = weightstream(command, mount.path)
+        assert mount.statistics().num_faults == (1,)
+    assert result.code == 0, result.err

@@ -89,6 +89,27 @@ async def test_change_in_mid_load_is_noticed(
             assert all(parameter.is_meta for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("change", [truncate, rewrite, replace, extend, remove], ids=lambda one: one.__name__)
+async def test_change_of_the_index_in_mid_load_is_noticed(
+    make_rig: MakeRig, path: Path, change: Callable[[Path], None]
+) -> None:
+    rig = make_rig("fake")
+    gate = rig.disk.stop_at(2)
+    with torch.device("meta"):
+        model = SmallNet()
+    index = path / "model.safetensors.index.json"
+    async with rig.loader(workers=1) as loader:
+        task = asyncio.create_task(loader.load(model, path))
+        await asyncio.sleep(0)
+        gate.wait_reached()
+        change(index)
+        gate.open()
+        with pytest.raises(IntegrityError, match="while it was being loaded") as caught:
+            await task
+    assert caught.value.file == str(index)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
 @changes
 @pytest.mark.parametrize("how", ["model", "stream"])
 async def test_change_of_a_mapped_file_is_noticed(
