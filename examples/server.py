@@ -20,6 +20,7 @@ import logging
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any, cast
 
 import torch
 import uvicorn
@@ -132,7 +133,7 @@ def _generate(model: nn.Module, request: Request) -> Answer:
     assert isinstance(model, GenerationMixin)
     given = torch.tensor([request.token_ids], device=next(model.parameters()).device)
     with torch.inference_mode():
-        found = model.generate(
+        found = cast("Any", model).generate(
             given, attention_mask=torch.ones_like(given), max_new_tokens=request.max_new_tokens, do_sample=False
         )
     return Answer(token_ids=found[0].tolist())

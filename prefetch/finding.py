@@ -11,6 +11,7 @@ import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from weightstream.errors import CheckpointError, ReadError, UnsupportedFormatError
@@ -115,7 +116,7 @@ def _find_in_cache(given: str) -> Path:
     matched = _REPOSITORY.fullmatch(given)
     assert matched is not None
     try:
-        from huggingface_hub import snapshot_download  # noqa: PLC0415 (an extra, and slow to import)
+        hub = import_module("huggingface_hub")  # an extra, and slow to import
     except ImportError as exc:
         raise CheckpointError(
             "no such file or folder",
@@ -123,7 +124,7 @@ def _find_in_cache(given: str) -> Path:
             hint="For a repository in the local Hugging Face cache, install weightstream[hub]",
         ) from exc
     try:
-        return Path(snapshot_download(matched["name"], revision=matched["revision"], local_files_only=True))
+        return Path(hub.snapshot_download(matched["name"], revision=matched["revision"], local_files_only=True))
     except (OSError, ValueError) as exc:  # what the library raises for what it has not got, and for names it forbids
         raise CheckpointError(
             "no such file or folder, nor a repository in the local Hugging Face cache",

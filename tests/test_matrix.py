@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import pytest
 import torch
@@ -24,11 +24,11 @@ from tests.models import SmallNet, tensors_of
 
 Tensors = Mapping[str, torch.Tensor]
 
-#: Strategy -> the devices that it serves.
-STRATEGIES: dict[str, tuple[DeviceKind, ...]] = {
-    "stream": ("host", "fake"),
-    "preload": ("host", "fake"),
-    "direct": ("host", "fake"),
+#: Strategy -> the devices that it serves; `several`: two accelerators and the host at once.
+STRATEGIES: dict[str, tuple[DeviceKind | Literal["several"], ...]] = {
+    "stream": ("host", "fake", "several"),
+    "preload": ("host", "fake", "several"),
+    "direct": ("host", "fake", "several"),
     "map": ("host",),
 }
 
@@ -292,6 +292,21 @@ def put_on_meta(model: nn.Module, pattern: str) -> None:
                     cast("dict[str, torch.Tensor]", tensors)[key] = replaced[tensor]
 
 
+SEVERAL = ("cpu:1", "cpu:2")
+
+
+def spread(model: nn.Module) -> dict[str, str]:
+    """A device map that puts what is on meta onto two devices, module by module, and leaves the rest where it is."""
+    devices: dict[str, str] = {}
+    of_module: dict[str, str] = {}
+    of_tensor: dict[torch.Tensor, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        module = name.rpartition(".")[0]
+        device = of_module.setdefault(module, SEVERAL[len(of_module) % 2])
+        devices[name] = of_tensor.setdefault(tensor, device if tensor.is_meta else "cpu")
+    return devices
+
+
 @pytest.fixture(params=FORMATS, ids=lambda kind: kind.name)
 def kind(request: pytest.FixtureRequest) -> Format:
     return cast("Format", request.param)
@@ -303,7 +318,7 @@ def kind(request: pytest.FixtureRequest) -> Format:
 def machine(request: pytest.FixtureRequest) -> Generator[tuple[Rig, str], None, None]:
     """A machine, and the strategy to use there."""
     strategy, device = request.param
-    rig = Rig(device)
+    rig = Rig("host", several=SEVERAL) if device == "several" else Rig(device)
     yield rig, strategy
     rig.close()
 
@@ -316,9 +331,12 @@ async def test_model_is_what_torch_makes_of_it(
     model = built(case)
     put_on_meta(model, case.to_meta)
     rig, strategy = machine
-    async with rig.loader(strategy=strategy, **case.settings) as loader:
+    devices = spread(model) if rig.several else {}
+    settings = {**case.settings, "device_map": devices} if devices else case.settings
+    async with rig.loader(strategy=strategy, **settings) as loader:
         report = await loader.load(model, path)
-    assert (report.strategy, report.unexpected_keys) == (strategy, ())
+    assert (report.strategy, report.unexpected_keys, report.unloaded_keys) == (strategy, (), ())
+    assert not devices or set(report.device.split(", ")) <= set(devices.values())
     found = model.state_dict()
     assert found.keys() == expected.keys()
     for name, tensor in found.items():

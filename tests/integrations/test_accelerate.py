@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.builders import assert_same, write_checkpoint
 from tests.models import tensors_of
@@ -125,6 +126,51 @@ def test_inferred_map_and_dispatch(tmp_path: Path, load: Load) -> None:
     x = torch.randn(2, 3)
     dispatched = accelerate.dispatch_model(model, device_map=device_map, main_device="cpu")
     assert torch.equal(dispatched(x), reference(x))
+
+
+PROGRAM = """
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
+from accelerate import load_checkpoint_in_model
+
+def build(folder):
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    model.tie_weights()
+    device_map = infer_auto_device_map(model, max_memory={"cpu": 10**9})
+    load_checkpoint_in_model(model, folder, device_map=device_map, dtype=torch.bfloat16, full_state_dict=True)
+    return dispatch_model(model.eval(), device_map=device_map, main_device="cpu")
+"""
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("module", ["accelerate", "weightstream.integrations.accelerate"])
+def test_program_that_changes_one_import_builds_the_same_model(tmp_path: Path, module: str, *, tied: bool) -> None:
+    """As an inference server builds its model: empty, a map inferred, filled from shards, and put to use."""
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        tie_word_embeddings=tied,
+    )
+    reference = AutoModelForCausalLM.from_config(
+        config, dtype=torch.bfloat16
+    ).eval()  # `to` would cast the rotary table
+    reference.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    scope: dict[str, Any] = {}
+    exec(PROGRAM.replace("from accelerate import load_checkpoint", f"from {module} import load_checkpoint"), scope)
+    model = scope["build"](tmp_path)
+    for name, tensor in reference.state_dict().items():
+        assert_same(model.state_dict()[name], tensor)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    x = torch.arange(10).reshape(1, 10)
+    with torch.inference_mode():
+        assert torch.equal(model(x).logits, reference(x).logits)
 
 
 async def test_inside_a_running_event_loop(tmp_path: Path) -> None:
