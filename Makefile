@@ -3,7 +3,7 @@
 # make test-vllm  the tests with vLLM on the CPU, in .venv-vllm, which it makes; minutes, and not part of make test
 # make soak     the tests that take long: thousands of loads that are cancelled or broken off, 25 times as many examples,
 #               the costs of hostile files, then make fuzz
-# make fuzz     coverage-guided fuzzing of header, index and YAML
+# make fuzz     coverage-guided fuzzing of header, index, files of torch.save and YAML
 # make check    format, lint, types, import layers
 # make docs     the documentation site, in build/site; a dead link, or a page that is in no menu, is an error
 # make bench    compare with other loaders, which are installed for it; on a quiet machine, about an hour
@@ -50,7 +50,7 @@ soak: .venv/ready-test
 
 fuzz: .venv/ready-fuzz
 	@echo "SEED=$(SEED)"
-	for target in header index yaml; do \
+	for target in header index torch yaml; do \
 	    $(BIN)/python -m tests.fuzz.targets $$target -runs=$(RUNS) -seed=$(SEED) -max_len=4096 -timeout=10 \
 	        -rss_limit_mb=2048 -print_final_stats=1 || exit 1; \
 	done

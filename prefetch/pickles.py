@@ -12,6 +12,7 @@ Protocol: https://github.com/python/cpython/blob/main/Lib/pickletools.py; what t
 from __future__ import annotations
 
 import struct
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn, cast
@@ -171,6 +172,7 @@ class _Machine:
         self._stack: list[object] = []
         self._marked: list[list[object]] = []
         self._memo: dict[int, object] = {}
+        self._checked: dict[int, tuple[int, ...]] = {}
 
     def run(self) -> object:
         raw, instructions = self._raw, _INSTRUCTIONS
@@ -328,7 +330,9 @@ class _Machine:
 
     def build(self) -> None:
         """Leave attributes out: those of an OrderedDict are the versions of modules, which loading does not need."""
-        self._stack.pop()
+        state = self._stack.pop()
+        if not isinstance(self._stack[-1], OrderedDict) or type(state) is not dict:
+            raise _MalformedError("attributes for what has none")
 
     def reduce(self) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
@@ -342,8 +346,10 @@ class _Machine:
         if name.startswith("_rebuild_tensor"):
             return self._tensor(name, given)
         if name.startswith("_rebuild_parameter"):
-            if not given or not isinstance(given[0], PickledTensor):
+            most = 3 if name == "_rebuild_parameter" else 4
+            if len(given) != most or not isinstance(given[0], PickledTensor):
                 raise _MalformedError("a parameter without a tensor")
+            _check_gradient(given[0].dtype, given[1], given[2])
             return given[0]
         if name == "torch._tensor._rebuild_from_type_v2":  # a tensor with attributes
             inner, kind, rest, _ = given if len(given) == 4 else (None, None, None, None)
@@ -351,14 +357,14 @@ class _Machine:
                 raise _MalformedError("a tensor of a class that is unknown")
             return self._call(inner, rest, depth=depth + 1)
         if name == "collections.OrderedDict" and not given:
-            return {}
+            return OrderedDict[object, object]()
         if name == "torch.Size" and len(given) == 1:
             return given[0]
         return OPAQUE
 
     def _tensor(self, name: str, given: tuple[object, ...]) -> PickledTensor:
         least = {"_rebuild_tensor": 4, "_rebuild_tensor_v2": 6, "_rebuild_tensor_v3": 7}[name]
-        if len(given) < least or not isinstance(given[0], Storage):
+        if not least <= len(given) <= least + 1 or not isinstance(given[0], Storage):
             raise _MalformedError("a tensor without a storage")
         storage, dtype = given[0], given[0].dtype
         if name == "_rebuild_tensor_v3":
@@ -372,22 +378,39 @@ class _Machine:
                 file=self._file,
                 hint="Save what `resolve_conj` and `resolve_neg` return",
             )
-        return PickledTensor(storage, dtype, _whole(given[1]), _sizes(given[2]), _sizes(given[3]))
+        if least > 4:
+            _check_gradient(dtype, given[4], given[5])
+        return PickledTensor(storage, dtype, _whole(given[1]), self._sizes(given[2]), self._sizes(given[3]))
+
+    def _sizes(self, value: object) -> tuple[int, ...]:
+        """Check sizes, once for each tuple: it may be the shape of every tensor."""
+        known = self._checked.get(id(value))
+        if known is not None:
+            return known
+        if not isinstance(value, tuple):
+            _refuse_number()
+        sizes = cast("tuple[object, ...]", value)
+        if len(sizes) > MAX_RANK:
+            raise _MalformedError(f"a tensor of more than {MAX_RANK} dimensions")
+        for size in sizes:
+            _whole(size)
+        checked = self._checked[id(value)] = cast("tuple[int, ...]", sizes)  # which keeps it, and its id with it
+        return checked
+
+
+def _check_gradient(dtype: str, requires_grad: object, hooks: object) -> None:
+    """Refuse what torch would not make a tensor of, though nothing of it is needed here."""
+    has_gradient = not (dtype.startswith(("U", "I", "q")) or dtype == "BOOL")
+    if type(requires_grad) is not bool or (requires_grad and not has_gradient):
+        raise _MalformedError("a tensor that cannot have a gradient, and shall")
+    if hooks is not None and not isinstance(hooks, OrderedDict):
+        raise _MalformedError("hooks that are none")
 
 
 def _whole(value: object) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         _refuse_number()
     return value
-
-
-def _sizes(value: object) -> tuple[int, ...]:
-    if not isinstance(value, tuple):
-        _refuse_number()
-    sizes = cast("tuple[object, ...]", value)
-    if len(sizes) > MAX_RANK:  # one long tuple may be the shape of every tensor
-        raise _MalformedError(f"a tensor of more than {MAX_RANK} dimensions")
-    return tuple(map(_whole, sizes))
 
 
 def _refuse_number() -> NoReturn:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import NoReturn, cast
 
-from weightstream.errors import HeaderError, UnsupportedFormatError
+from weightstream.errors import HeaderError, UnsupportedFormatError, shown
 from weightstream.prefetch.archive import Archive
 from weightstream.prefetch.header import DTYPE_BITS, TensorSpec, read_exactly
 from weightstream.prefetch.pickles import (
@@ -32,6 +32,9 @@ _STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")
 
 #: Records of an archive that are a number.
 _NUMBERS = frozenset({"version", ".format_version", ".storage_alignment"})
+
+#: A number that torch gives each file, and logs.
+_LOGGED = ".data/serialization_id"
 
 #: How much of an old file is read to find the end of its pickles.
 _FIRST_BYTES = 2**20
@@ -121,6 +124,8 @@ def _check_small_records(archive: Archive, file: str) -> None:
             )
         if kind in _NUMBERS and (record.num_bytes > 16 or not archive.read(name).strip().isdigit()):
             _refuse(f"the record {name} is not a number", file, None, None)
+        if kind == _LOGGED and (record.num_bytes > 100 or not archive.read(name).isascii()):
+            _refuse(f"the record {name} is not what torch writes there", file, "40 digits", None)
 
 
 def _read_old(fd: int, file_bytes: int, file: str) -> tuple[object, dict[str, int]]:
@@ -256,7 +261,7 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def _some(keys: Mapping[object, object] | list[object]) -> str:
-    listed = [str(key) for key in keys]
+    listed = [shown(str(key)) for key in keys]
     more = len(listed) - 5
     return ", ".join(listed[:5]) + (f" and {more} more" if more > 0 else "")
 

@@ -1,4 +1,4 @@
-"""A program: parses one header or index that is made to cost much, in a fresh process, and prints what it took.
+"""A program: parses one header, index or file of torch.save that is made to cost much, in a fresh process, and prints what it took.
 
     python -m tests.fuzz.adversarial CASE BYTES
 
@@ -7,15 +7,20 @@ What is printed is JSON: seconds of the processor, peak memory above what the in
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import struct
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from weightstream.errors import WeightstreamError
 from weightstream.prefetch.header import parse_header
 from weightstream.prefetch.index import parse_index
+from weightstream.prefetch.torchfile import read_torch_file
 
 
 def _repeated(before: bytes, unit: bytes, after: bytes) -> Callable[[int], bytes]:
@@ -96,12 +101,77 @@ INDEXES: dict[str, Callable[[int], bytes]] = {
     "arrays in arrays": _repeated(b'{"weight_map":', b"[", b""),
 }
 
+STORAGE = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\4tQ"
+SHAPE, TENSOR, CALLED = (
+    b"(" + b"K\1" * 32 + b"tq\1",
+    b"ctorch._utils\n_rebuild_tensor_v2\nq\2",
+    b"h\2(h\0K\0h\1h\1\x89NtR",
+)
+
+#: Pickles behind the two bytes that begin them, up to the instruction that ends them.
+PICKLES: dict[str, Callable[[int], bytes]] = {
+    "marks": _repeated(b"", b"(", b""),
+    "lists": _repeated(b"", b"]", b""),
+    "dicts": _repeated(b"", b"}", b""),
+    "tuples in tuples": _repeated(b"N", b"\x85", b""),
+    "list in itself": _repeated(b"]q\0", b"h\0a", b""),
+    "memo": _repeated(b"N", b"r\0\0\1\0", b""),
+    "strings": _repeated(b"(", b"U\1a", b"t"),
+    "floats": _repeated(b"(", b"G" + b"?" * 8, b"t"),
+    "long numbers": _repeated(b"(", b"\x8a\xff" + b"?" * 255, b"t"),
+    "string with an emoji": lambda size: b"X" + struct.pack("<i", size - 9) + b"\xf0\x9f\x98\x80" + b"a" * (size - 13),
+    "one key of a dict again and again": _repeated(b"}(", b"U\1aN", b"u"),
+    "calls": _repeated(b"ctorch\ndevice\nq\0", b"h\0)R", b"t"),
+    "tensors of many dimensions": _repeated(b"}(" + STORAGE + b"q\0" + SHAPE + TENSOR, b"U\1a" + CALLED, b"u"),
+    "tensors whose shape is a long tuple": lambda size: _repeated(
+        b"}(" + STORAGE + b"q\0(" + b"K\1" * (size // 4) + b"tq\1" + TENSOR, b"U\1a" + CALLED, b"u"
+    )(size),
+}
+
+
+def archive(pickled: bytes, records: dict[str, bytes], *, folder: str = "a") -> bytes:
+    """A file of torch.save as it is written today, around any pickle, with any further records."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, raw in {"data.pkl": pickled, "version": b"3", "data/0": bytes(16), **records}.items():
+            file.writestr(f"{folder}/{name}", raw)
+    return buffer.getvalue()
+
+
+def _in_archive(make: Callable[[int], bytes]) -> Callable[[int], bytes]:
+    return lambda size: archive(b"\x80\2" + make(size) + b".", {})
+
+
+def _in_old_file(make: Callable[[int], bytes]) -> Callable[[int], bytes]:
+    before = b"\x80\2\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\2M\xe9\3.\x80\2}U\x0dlittle_endian\x88s."
+    return lambda size: before + b"\x80\2" + make(size) + b".\x80\2]."
+
+
+TORCH_FILES: dict[str, Callable[[int], bytes]] = {
+    **{f"pickle of {name}": _in_archive(make) for name, make in PICKLES.items()},
+    **{f"old file, pickle of {name}": _in_old_file(make) for name, make in PICKLES.items()},
+    "records": lambda size: archive(b"\x80\2}.", {f"data/{i:x}": b"" for i in range(1, size // 100)}),
+    "records that are looked at": lambda size: archive(b"\x80\2}.", {f"{i:x}": b"" for i in range(1, size // 100)}),
+    "records with long names": lambda size: archive(b"\x80\2}.", {}, folder="a" * min(size // 8, 60_000)),
+}  # fmt: skip
+
+
+def _read_torch_file(raw: bytes) -> None:
+    fd = os.memfd_create("input")
+    try:
+        os.write(fd, raw)
+        read_torch_file(fd, len(raw), file="input", shard=0)
+    finally:
+        os.close(fd)
+
+
 CASES: dict[str, tuple[Callable[[int], bytes], Callable[[bytes], object]]] = {
     **{
         f"header: {name}": (make, lambda raw: parse_header(raw, file="input", shard=0))
         for name, make in HEADERS.items()
     },
     **{f"index: {name}": (make, lambda raw: parse_index(raw, file="input")) for name, make in INDEXES.items()},
+    **{f"torch: {name}": (make, _read_torch_file) for name, make in TORCH_FILES.items()},
 }
 
 

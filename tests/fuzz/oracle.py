@@ -7,6 +7,7 @@ disagreement without one of them is an error, as is any exception of another cla
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
@@ -16,15 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 import yaml
 from pydantic import ValidationError
 
 from weightstream.config import LoaderConfig
+from weightstream.device.dtypes import torch_dtype, torch_shape
 from weightstream.errors import CheckpointError, HeaderError, UnsupportedFormatError, WeightstreamError
 from weightstream.prefetch.checkpoint import open_checkpoint
 from weightstream.prefetch.finding import is_repository
-from weightstream.prefetch.header import DTYPE_BITS, MAX_RANK, MAX_STRINGS, read_header
+from weightstream.prefetch.header import DTYPE_BITS, MAX_RANK, MAX_STRINGS, TensorSpec, read_header
 from weightstream.prefetch.index import parse_index
+from weightstream.prefetch.torchfile import read_torch_file
 
 ACCEPTED, REFUSED = frozenset({"accepted"}), frozenset({"refused"})
 
@@ -176,6 +180,48 @@ def check_header(file: bytes) -> frozenset[str]:
         return REFUSED if reference is None else _explained(reasons(file), error)
     assert found == reference
     assert all(dtype in DTYPE_BITS for _, dtype, _, _ in found)
+    return ACCEPTED
+
+
+# Files of torch.save
+
+
+def _torch_tensors(file: bytes, names: set[str]) -> dict[str, torch.Tensor]:
+    """The tensors that torch finds, in the dict or in one inside it that has just these names."""
+    value = torch.load(io.BytesIO(file), weights_only=True, map_location="cpu")
+    for found in (value, *value.values()):
+        if isinstance(found, dict):
+            tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+            if set(tensors) == names:
+                return tensors
+    raise AssertionError(f"torch finds no dict with {names}")
+
+
+def _check_same(spec: TensorSpec, tensor: torch.Tensor, file: bytes) -> None:
+    """Compare by the bytes that both look at: expanded tensors may have any number of elements."""
+    assert tensor.dtype is torch_dtype(spec.dtype)
+    assert tuple(tensor.shape) == torch_shape(spec.dtype, spec.shape)
+    assert tensor.is_contiguous() if spec.stride is None else tensor.stride() == spec.stride
+    stored = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy().tobytes()
+    begin = tensor.storage_offset() * tensor.element_size()
+    assert stored[begin : begin + spec.num_bytes] == file[spec.begin : spec.end]
+
+
+def check_torch(file: bytes) -> frozenset[str]:
+    """Check one file of torch.save: accepted means that torch accepts it, without code, and sees the same tensors.
+
+    What else it may hold is another matter: torch also makes what a model does not need.
+    """
+    with _in_memory(file) as fd:
+        try:
+            specs, notes = read_torch_file(fd, len(file), file="input", shard=0)
+        except (HeaderError, UnsupportedFormatError) as error:
+            check_message(error)
+            return REFUSED
+    assert all(len(note) < 5000 and note.isprintable() for note in notes)
+    expected = _torch_tensors(file, {spec.name for spec in specs})
+    for spec in specs:
+        _check_same(spec, expected[spec.name], file)
     return ACCEPTED
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-from collections.abc import Callable
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from hypothesis import strategies as st
 
 from tests.builders import entry, raw_file
@@ -181,13 +185,13 @@ TOKENS = [
 
 
 @st.composite
-def changed_bytes(draw: st.DrawFn, raw: bytes) -> bytes:
+def changed_bytes(draw: st.DrawFn, raw: bytes, tokens: Sequence[bytes] = TOKENS) -> bytes:
     """Bytes with one to three places changed, cut out, doubled, or replaced by what means something."""
     result = bytearray(raw)
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(result)))
         until = at + draw(st.integers(0, 3))
-        result[at:until] = draw(st.one_of(st.sampled_from(TOKENS), st.binary(max_size=3)))
+        result[at:until] = draw(st.one_of(st.sampled_from(tokens), st.binary(max_size=3)))
     return bytes(result)
 
 
@@ -245,3 +249,81 @@ def configurations(draw: st.DrawFn) -> bytes:
     ]
     raw = draw(st.sampled_from(["\n", "\r\n", "\n# x\n"])).join(lines).encode()
     return draw(changed_bytes(raw)) if draw(st.booleans()) else raw
+
+
+#: What is saved of a tensor of three by four.
+VIEWS: list[Callable[[torch.Tensor], torch.Tensor]] = [
+    lambda tensor: tensor,
+    lambda tensor: tensor.clone().t(),
+    lambda tensor: tensor[1:],
+    lambda tensor: tensor[:, 1],
+    lambda tensor: tensor[:0],
+    lambda tensor: tensor[2, 3],
+    lambda tensor: tensor.expand(2, 3, 4),
+    lambda tensor: torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point()),
+]
+SAVED_DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+#: Of which torch cannot read again what it writes in the older layout.
+ZIPPED_DTYPES = [*SAVED_DTYPES, torch.uint16, torch.float8_e4m3fn]
+
+#: Instructions of pickle, numbers, and names that torch's pickles have.
+PICKLE_TOKENS = [
+    *rb"""" . ( ) N Q R b c s u t a e ] } q\0 h\0 h\1""".split(),
+    *[b"K\0", b"K\1", b"K\xff", b"J\xff\xff\xff\xff", b"M\0\1", b"\x85", b"\x86", b"\x87", b"\x88", b"\x89"],
+    *[b"\x8a\x08" + number.to_bytes(8, "little") for number in (2**31, 2**62, 2**63)],
+    *[b"X\1\0\0\0a", b"X\1\0\0\x000", b"X\3\0\0\0cpu", b"U\1a", b"G\0\0\0\0\0\0\0\0"],
+    *[
+        b"c" + name + b"\n"
+        for name in (
+            b"torch\nFloatStorage",
+            b"torch\nBoolStorage",
+            b"torch.storage\nUntypedStorage",
+            b"torch._utils\n_rebuild_tensor_v2",
+            b"torch._utils\n_rebuild_tensor_v3",
+            b"torch._utils\n_rebuild_parameter",
+            b"torch._tensor\n_rebuild_from_type_v2",
+            b"torch\nfloat8_e4m3fn",
+            b"torch\nTensor",
+            b"torch\nSize",
+            b"collections\nOrderedDict",
+            b"os\nsystem",
+        )
+    ],
+]
+
+
+@st.composite
+def torch_files(draw: st.DrawFn, *, zipped: bool | None = None) -> bytes:
+    """A file as torch saves it, in one of its two layouts: tensors, some of which share bytes, and other things."""
+    zipped = draw(st.booleans()) if zipped is None else zipped
+    dtypes = draw(st.lists(st.sampled_from(ZIPPED_DTYPES if zipped else SAVED_DTYPES), min_size=1, max_size=2))
+    wholes = [torch.arange(12).reshape(3, 4).to(dtype) for dtype in dtypes]
+    state: dict[str, object] = OrderedDict() if draw(st.booleans()) else {}
+    for name in draw(st.lists(names, unique=True, min_size=1, max_size=4)):
+        state[name] = draw(st.sampled_from(VIEWS))(draw(st.sampled_from(wholes)))
+    if draw(st.booleans()):
+        state["other"] = draw(st.sampled_from([None, 3, 2**70, 1.5, "x", [1], (2, 3), {"a": 1}, torch.Size([2])]))
+    if draw(st.booleans()):
+        state = {draw(st.sampled_from(["state_dict", "model"])): state, "epoch": 3}
+    buffer = io.BytesIO()
+    torch.save(state, buffer, _use_new_zipfile_serialization=zipped)
+    return buffer.getvalue()
+
+
+@st.composite
+def torch_files_with_changed_bytes(draw: st.DrawFn) -> bytes:
+    return draw(changed_bytes(draw(torch_files()), PICKLE_TOKENS))
+
+
+@st.composite
+def torch_files_with_changed_pickles(draw: st.DrawFn) -> bytes:
+    """An archive around a pickle that is not the one that torch wrote: checksums and lengths are right."""
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(draw(torch_files(zipped=True)))) as old,
+        zipfile.ZipFile(buffer, "w") as new,
+    ):
+        for name in old.namelist():
+            raw = old.read(name)
+            new.writestr(name, draw(changed_bytes(raw, PICKLE_TOKENS)) if name.endswith("data.pkl") else raw)
+    return buffer.getvalue()

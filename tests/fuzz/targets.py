@@ -1,6 +1,6 @@
 """A program: coverage-guided fuzzing of one target, by atheris.
 
-    python -m tests.fuzz.targets {header,index,yaml} [options of libFuzzer] [folders of inputs]
+    python -m tests.fuzz.targets {header,index,torch,yaml} [options of libFuzzer] [folders of inputs]
 
 An input that breaks a property of `oracle` ends it and stays in tests/fuzz/corpus, where `make test` tries it again.
 """
@@ -56,6 +56,12 @@ def check_index(raw: bytes) -> None:
 TARGETS: dict[str, tuple[Callable[[bytes], object], st.SearchStrategy[bytes]]] = {
     "header": (check_header, strategies.files_with_changed_bytes() | strategies.files_with_changed_headers()),
     "index": (check_index, strategies.indexes()),
+    "torch": (
+        oracle.check_torch,
+        strategies.torch_files()
+        | strategies.torch_files_with_changed_bytes()
+        | strategies.torch_files_with_changed_pickles(),
+    ),
     "yaml": (oracle.check_yaml, strategies.configurations()),
 }
 
@@ -92,7 +98,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "tokens"
         tokens.write_text(
-            "".join('"' + "".join(f"\\x{byte:02x}" for byte in token) + '"\n' for token in strategies.TOKENS)
+            "".join(
+                '"' + "".join(f"\\x{byte:02x}" for byte in token) + '"\n'
+                for token in (*strategies.TOKENS, *strategies.PICKLE_TOKENS)
+            )
         )
         seeds = Path(folder) / "seeds"
         seeds.mkdir()

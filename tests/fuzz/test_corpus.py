@@ -12,7 +12,12 @@ import pytest
 from tests.fuzz import oracle
 
 CORPUS = Path(__file__).parent / "corpus"
-CHECKS = {"header": oracle.check_header, "index": oracle.check_index, "yaml": oracle.check_yaml}
+CHECKS = {
+    "header": oracle.check_header,
+    "index": oracle.check_index,
+    "torch": oracle.check_torch,
+    "yaml": oracle.check_yaml,
+}
 
 
 def test_every_target_has_inputs() -> None:

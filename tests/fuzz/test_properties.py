@@ -15,6 +15,9 @@ from tests.fuzz.strategies import (
     files_with_changed_bytes,
     files_with_changed_headers,
     indexes,
+    torch_files,
+    torch_files_with_changed_bytes,
+    torch_files_with_changed_pickles,
 )
 
 
@@ -42,6 +45,24 @@ def test_file_with_changed_bytes_is_judged_as_the_reference_judges_it(file: byte
 @share(500)
 def test_file_with_changed_json_is_judged_as_the_reference_judges_it(file: bytes) -> None:
     oracle.check_header(file)
+
+
+@given(torch_files())
+@share(150)
+def test_file_of_torch_is_accepted_and_read_as_torch_reads_it(file: bytes) -> None:
+    assert oracle.check_torch(file) == oracle.ACCEPTED
+
+
+@given(torch_files_with_changed_bytes())
+@share(400)
+def test_file_of_torch_with_changed_bytes_is_accepted_only_if_torch_reads_the_same(file: bytes) -> None:
+    oracle.check_torch(file)
+
+
+@given(torch_files_with_changed_pickles())
+@share(400)
+def test_file_of_torch_with_a_changed_pickle_is_accepted_only_if_torch_reads_the_same(file: bytes) -> None:
+    oracle.check_torch(file)
 
 
 @given(indexes())

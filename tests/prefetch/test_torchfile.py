@@ -358,11 +358,7 @@ def test_every_changed_byte_is_refused_or_makes_no_difference_to_torch(tmp_path:
             finally:
                 os.close(fd)
             accepted += 1
-            try:
-                expected = torch.load(io.BytesIO(raw), weights_only=True, map_location="cpu")
-            except UnicodeDecodeError:  # of a number that torch gives each file, to be logged
-                assert b"serialization_id" in whole[position - 200 : position]
-                continue
+            expected = torch.load(io.BytesIO(raw), weights_only=True, map_location="cpu")
             assert {spec.name for spec in specs} == set(expected)
             for spec in specs:
                 assert spec.shape == tuple(expected[spec.name].shape)

@@ -152,8 +152,8 @@ def test_row_of_the_table(row: Row) -> None:
     assert f"| {row.situation} | `{row.strategy}` |" in DOCUMENT.read_text()
 
 
-def test_document_has_the_table_as_it_is() -> None:
-    assert table() in DOCUMENT.read_text(), "python -m tests.scheduler.test_strategy prints it"
+def test_document_has_the_table_as_it_is_and_no_row_more() -> None:
+    assert f"\n\n{table()}\n" in DOCUMENT.read_text(), "python -m tests.scheduler.test_strategy prints it"
 
 
 def test_rows_are_different_situations() -> None:
