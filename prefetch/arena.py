@@ -10,9 +10,8 @@ import ctypes
 import mmap
 import os
 import threading
-import weakref
 
-from weightstream.prefetch.memory import MAP_FAILED, PAGE_BYTES, mapping_libc
+from weightstream.prefetch.memory import MAP_FAILED, PAGE_BYTES, mapping_libc, own_mapping
 
 __all__ = ["Arena"]
 
@@ -31,7 +30,6 @@ class Arena:
         self._libc = mapping_libc()
         self._lock = threading.Lock()
         self._rest = _Rest()
-        weakref.finalize(self, self._rest.unmap, self._libc).atexit = False
 
     def allocate(self, num_bytes: int) -> memoryview:
         """Return `num_bytes` (> 0) of memory that begins on a page, advised to use huge pages.
@@ -45,10 +43,10 @@ class Arena:
                 self._rest.unmap(self._libc)
                 self._map(max(whole_bytes, _SEGMENT_BYTES), at_least=whole_bytes)
             address = self._rest.take(whole_bytes)
-        piece = (ctypes.c_ubyte * num_bytes).from_address(address)
-        # Not at exit: tensors may live to the very end.
-        weakref.finalize(piece, self._libc.munmap, address, whole_bytes).atexit = False
-        return memoryview(piece).cast("B")
+        return own_mapping(self._libc, address, num_bytes, whole_bytes)
+
+    def __del__(self) -> None:
+        self._rest.unmap(self._libc)
 
     def _map(self, num_bytes: int, *, at_least: int) -> None:
         # A length of whole huge pages: only such a mapping is laid onto their borders (Linux 6.7).

@@ -11,12 +11,11 @@ import ctypes
 import mmap
 import os
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 
 from weightstream.errors import CheckpointError
 from weightstream.prefetch.filesystem import file_system_of
-from weightstream.prefetch.memory import MAP_FAILED, PAGE_BYTES, mapping_libc
+from weightstream.prefetch.memory import MAP_FAILED, PAGE_BYTES, mapping_libc, own_mapping
 from weightstream.prefetch.opening import Shard
 from weightstream.prefetch.source import ByteRange
 from weightstream.ranks import ranked_logger
@@ -42,9 +41,7 @@ def map_shard(shard: Shard) -> memoryview:
     address = libc.mmap(None, shard.num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, shard.fd, 0)
     if address == MAP_FAILED:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    memory = (ctypes.c_ubyte * shard.num_bytes).from_address(address)
-    weakref.finalize(memory, libc.munmap, address, shard.num_bytes).atexit = False  # tensors may live to the very end
-    return memoryview(memory).cast("B")
+    return own_mapping(libc, address, shard.num_bytes)
 
 
 def refuse_network(shards: Sequence[Shard]) -> None:

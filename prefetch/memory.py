@@ -11,6 +11,7 @@ import mmap
 import os
 import platform
 import threading
+import weakref
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ __all__ = [
     "available_bytes",
     "copy_out",
     "mapping_libc",
+    "own_mapping",
     "usable_cores",
 ]
 
@@ -74,6 +76,31 @@ def mapping_libc() -> ctypes.CDLL:
     libc.mmap.argtypes = [ctypes.c_void_p, size, flag, flag, flag, ctypes.c_long]
     libc.munmap.argtypes = [ctypes.c_void_p, size]
     return libc
+
+
+#: What unmaps mapped memory with its last reference. Not `weakref.finalize`: when a program ends, that walks over all of
+#: its kind, and fails if a thread that still loads makes another meanwhile.
+_owned: dict[int, weakref.ref[ctypes.Array[ctypes.c_ubyte]]] = {}
+
+
+def own_mapping(libc: ctypes.CDLL, address: int, num_bytes: int, whole_bytes: int | None = None) -> memoryview:
+    """Return mapped memory that is unmapped with its last reference, or stays to the very end of the process.
+
+    Args:
+        libc: from `mapping_libc`.
+        address: where it begins.
+        num_bytes: its length.
+        whole_bytes: how much is unmapped, if that is more.
+    """
+    memory = (ctypes.c_ubyte * num_bytes).from_address(address)
+    munmap, owned, length = libc.munmap, _owned, num_bytes if whole_bytes is None else whole_bytes
+
+    def unmap(_: weakref.ref[ctypes.Array[ctypes.c_ubyte]]) -> None:
+        del owned[address]  # before somebody else can get this address
+        munmap(address, length)
+
+    owned[address] = weakref.ref(memory, unmap)
+    return memoryview(memory).cast("B")
 
 
 def copy_out(source: memoryview, buffers: Iterable[memoryview]) -> None:
