@@ -394,7 +394,7 @@ class _Machine:
             raise _MalformedError(f"a tensor of more than {MAX_RANK} dimensions")
         for size in sizes:
             _whole(size)
-        checked = self._checked[id(value)] = cast("tuple[int, ...]", sizes)  # which keeps it, and its id with it
+        checked = self._checked[id(sizes)] = cast("tuple[int, ...]", sizes)  # which keeps it, and its id with it
         return checked
 
 

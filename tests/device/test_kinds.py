@@ -202,8 +202,7 @@ class TestDTensor:
     async def test_module_that_loads_itself_gets_its_part(self, rig: Rig, tmp_path: Path, mesh: DeviceMesh) -> None:
         model = nn.BatchNorm1d(6)
         model.weight = split(torch.zeros(6), mesh, Shard(0))
-        names: tuple[str, ...] = ("weight", "bias", "running_mean", "running_var")
-        shapes = dict.fromkeys(names, (6,))
+        shapes = {name: (6,) for name in ("weight", "bias", "running_mean", "running_var")}  # noqa: C420
         tensors = {**random_tensors(shapes), "num_batches_tracked": torch.tensor(3)}
         await load(rig, tmp_path, model, tensors)
         assert_same(local(model, "weight"), tensors["weight"][3:])
