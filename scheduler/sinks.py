@@ -11,7 +11,8 @@ from torch import nn
 from weightstream.device.backend import Backend
 from weightstream.device.binding import Binder
 from weightstream.device.config import UserMap
-from weightstream.device.placement import Placement, deliver, match
+from weightstream.device.matching import deliver, match
+from weightstream.device.placement import Placement
 from weightstream.device.stage import DeviceStage
 from weightstream.errors import PlacementError
 from weightstream.prefetch.checkpoint import Checkpoint

@@ -225,7 +225,7 @@ def test_four_bit_floats_are_packed_along_the_last_dimension() -> None:
 
 async def test_dtype_that_torch_lacks_is_named(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_in_order(tmp_path, {"t": torch.zeros(4, dtype=torch.complex64)})
-    monkeypatch.setattr("weightstream.device.placement.torch_dtype", lambda name: None)
+    monkeypatch.setattr("weightstream.device.matching.torch_dtype", lambda name: None)
     model = nn.Module()
     model.register_buffer("t", torch.zeros(4, dtype=torch.complex64, device="meta"))
     async with rig.loader() as loader:

@@ -13,7 +13,7 @@ from torch import nn
 from tests.builders import assert_same, bytes_of, random_tensors, write_in_order
 from tests.fakes.rig import Rig
 from weightstream.device.config import DeviceConfig
-from weightstream.device.placement import match
+from weightstream.device.matching import match
 from weightstream.errors import (
     DtypeMismatchError,
     MissingKeysError,

@@ -1,0 +1,356 @@
+"""Matching: how a placement is decided, tensor by tensor, for a model or for a consumer."""
+
+# pyright: reportPrivateUsage=false
+# Gradient hooks have no public name in `torch.Tensor`.
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from weightstream.device.config import DeviceConfig
+from weightstream.device.devicemap import DeviceMap
+from weightstream.device.dtypes import CASTABLE, destination_dtype, torch_dtype, torch_shape, unsupported
+from weightstream.device.names import NameRules
+from weightstream.device.placement import Mode, Place, Placement, Stored
+from weightstream.device.sharded import check_sharded, is_sharded
+from weightstream.device.sharing import find_sharing, length_in_memory
+from weightstream.device.targets import Subtree, Target, Targets, find_targets
+from weightstream.errors import PlacementError, ShapeMismatchError
+
+__all__ = ["deliver", "match"]
+
+_PLAIN = (nn.Parameter, torch.Tensor)
+
+#: Methods of `torch.Tensor` that classes override if their storage is of a kind of its own.
+_OWN_STORAGE = ("__torch_dispatch__", "to", "cuda", "cpu")
+
+
+def deliver(stored: Mapping[str, Stored], config: DeviceConfig, device: torch.device) -> Placement:
+    """Decide for a load without a model: every tensor is staged, for a consumer, who gets it by the name given here.
+
+    Raises:
+        UnsupportedFormatError: torch lacks a dtype.
+    """
+    placement = Placement((device,), stored, config)
+    for position, (name, spec) in enumerate(stored.items()):
+        dtype = _stored_dtype(spec, name)
+        wanted = dtype
+        if config.dtype not in ("model", "checkpoint") and dtype in CASTABLE:
+            wanted = getattr(torch, config.dtype)
+        shape = torch_shape(spec.dtype, spec.shape)
+        placement.places.append(Place(name, spec.num_bytes, dtype, wanted, shape, "stage", position, None, spec.stride))
+    return placement
+
+
+def match(  # noqa: C901, PLR0912 (one loop over all tensors)
+    model: nn.Module, stored: Mapping[str, Stored], config: DeviceConfig, default: torch.device | DeviceMap
+) -> Placement:
+    """Decide for every tensor of a checkpoint, or fail before anything has changed.
+
+    Names, shapes, dtypes and devices are compared; all names that shared one tensor go on sharing one.
+
+    Args:
+        model: on meta, materialised, or partly so.
+        stored: the checkpoint's tensors that are wanted, by their names in the model (see `NameRules.apply`).
+        config: used except for `rename`, which has been, and `device_map`, which is `default` then.
+        default: the device for a model that has no storage yet, where materialised parameters decide for themselves; or
+            a map, which materialised parameters have to agree with. Of tied tensors the first name decides.
+
+    Raises:
+        MissingKeysError, UnexpectedKeysError: with `strict`, for names on one side alone.
+        ShapeMismatchError, DtypeMismatchError: for the first tensor that does not fit.
+        PlacementError: a tensor of a kind that cannot be loaded, a buffer on meta that is in no checkpoint, or
+            parameters on several devices or on another than the target, or a map that does not fit the model.
+        UnsupportedFormatError: torch lacks a dtype.
+    """
+    devices = default if isinstance(default, DeviceMap) else None
+    placement = Placement((), stored, config)
+    found = find_targets(model)
+    _check_own_buffers(found, NameRules(config), devices)
+    _check_subtrees(found)
+    placement.subtrees, placement.prefixes = found.subtrees, found.prefixes
+    if isinstance(default, DeviceMap):
+        default.check(found)
+        _leave_on_meta(placement, found, default)
+        placement.devices = default.devices or (torch.device("cpu"),)
+    else:
+        placement.devices = (_common_device(found, config, default),)
+    index, device = 0, placement.devices[0]
+    places, names, find = placement.places, placement.names, found.by_name.get
+    add_place, add_name = places.append, names.append
+    unexpected: list[str] = []
+    in_place: list[int] = []
+    for name, spec in stored.items():
+        target = find(name)
+        if devices is not None and (target is not None or _enclosing(found.subtrees, name) is not None):
+            chosen = devices.index_of(name if target is None else target.name)
+            if chosen is None:
+                continue
+            index, device = chosen, placement.devices[chosen]
+        if target is None or target.subtree is not None:
+            if not _place_specially(placement, found, name, spec, target, config, index):
+                # Checkpoints of older versions hold what is computed by now: position numbers, rotary tables.
+                (placement.computed if name in found.own_buffers else unexpected).append(name)
+                continue
+        else:
+            place = _place(name, spec, target, config, device, index)
+            add_place(place)
+            if place.mode != "adopt":
+                _note_in_place(placement, place, target, in_place)
+        if target is not None and target.filled_by < 0:
+            target.filled_by = len(places) - 1
+            add_name(target.name)
+            if target.ties:
+                names.extend(tie.name for tie in target.ties)
+    if in_place:
+        _find_shared(placement, in_place)
+    missing: list[str] = []
+    if len(names) < len(found.by_name) or placement.subtrees:
+        unloaded = set(placement.unloaded)
+        missing = [
+            name
+            for name, target in found.by_name.items()
+            if target.filled_by < 0 and target.subtree is None and name not in unloaded
+        ]
+    placement.note_keys(missing, unexpected)
+    return placement
+
+
+def _leave_on_meta(placement: Placement, found: Targets, devices: DeviceMap) -> None:
+    """Note what a map leaves on meta, and which ties it would split; forget modules of which nothing is loaded.
+
+    Raises:
+        PlacementError: a module that loads itself would get a part of its tensors alone.
+    """
+    unloaded: set[str] = set()
+    for name, target in found.by_name.items():
+        if name != target.name:  # a tie: dealt with under its first name
+            continue
+        index = devices.index_of(name)
+        if index is None:
+            unloaded.update(target.names)
+        if any(devices.index_of(tie.name) != index for tie in target.ties):
+            placement.split_ties.append(name)
+    placement.unloaded = [name for name in found.by_name if name in unloaded]
+    for subtree in list(found.subtrees):
+        left = [target.name for target in subtree.targets if target.name in unloaded]
+        if left and len(left) == len(subtree.targets):
+            found.subtrees.remove(subtree)
+        elif left:
+            raise PlacementError(
+                f"the device map leaves this on meta, but {subtree.name or 'the model'} loads all its tensors itself",
+                tensor=left[0],
+                hint="Leave all of that module on meta, or nothing",
+            )
+
+
+def _note_in_place(placement: Placement, place: Place, target: Target, in_place: list[int]) -> None:
+    """Note what has to be done at the end for the last of the places, whose target has storage or is filled already."""
+    if target.filled_by >= 0:
+        placement.doubles.append((placement.places[target.filled_by], place))
+    elif place.mode == "stage" and is_sharded(target.tensor):
+        placement.sharded.append(place)
+    else:
+        in_place.append(len(placement.places) - 1)
+        if place.mode == "stage":
+            placement.strided.append(place)
+
+
+def _find_shared(placement: Placement, in_place: list[int]) -> None:
+    """Stage what would be written to memory that is also another tensor's, by readers that know no order."""
+    places = placement.places
+    lengths = [
+        place.num_bytes
+        if place.mode == "fill" and place.dtype is place.stored_dtype
+        else length_in_memory(_tensor(place))
+        for place in (places[index] for index in in_place)
+    ]
+    found = find_sharing([_tensor(places[index]) for index in in_place], lengths)
+    if not found:
+        return
+    shared = [in_place[rank] for rank in found]
+    for index in shared:
+        places[index] = msgspec.structs.replace(places[index], mode="stage")
+    placement.shared = sorted((places[index] for index in shared), key=lambda place: place.position)
+    names = {place.name for place in placement.shared}
+    placement.strided = [place for place in placement.strided if place.name not in names]
+
+
+def _tensor(place: Place) -> torch.Tensor:
+    assert place.target is not None
+    return place.target.tensor
+
+
+def _place_specially(
+    placement: Placement,
+    found: Targets,
+    name: str,
+    spec: Stored,
+    target: Target | None,
+    config: DeviceConfig,
+    device: int,
+) -> bool:
+    """Place a tensor that a module loads itself; return false for one that has no place at all."""
+    subtree = target.subtree if target is not None else _enclosing(found.subtrees, name)
+    if subtree is None:
+        return False
+    place = _subtree_place(name, spec, target, subtree, config, device)
+    subtree.places.append(place)
+    placement.places.append(place)
+    placement.names.append(name)
+    return True
+
+
+def _check_own_buffers(found: Targets, rules: NameRules, devices: DeviceMap | None) -> None:
+    for name in found.own_on_meta:
+        if rules.selects(name) and (devices is None or devices.index_of(name) is not None):
+            raise PlacementError(
+                "this buffer is on meta, but it is not persistent, so no checkpoint holds it",
+                tensor=name,
+                hint="Compute it on a real device before loading: only what the checkpoint holds may be on meta",
+            )
+
+
+def _check_subtrees(found: Targets) -> None:
+    """Refuse tensors that modules which load themselves would replace by tensors of another kind."""
+    for subtree in found.subtrees:
+        for target in subtree.targets:
+            if type(target.tensor) not in _PLAIN and target.on_meta:
+                _check_kind(target.tensor, target.name)
+
+
+def _common_device(found: Targets, config: DeviceConfig, default: torch.device) -> torch.device:
+    """Return the device of the parameters that have storage, else the default. Buffers are copied to where they are."""
+    device: torch.device | None = None
+    for name, target in found.by_name.items():
+        if target.on_meta or not target.is_parameter:
+            continue
+        place = target.tensor.device
+        if device is None and (config.target == "auto" or place == default):
+            device = place
+        elif place != device:
+            raise PlacementError(
+                "the parameter already has storage, on another device than the rest of the load",
+                tensor=name,
+                expected=str(device or default),
+                actual=str(place),
+                hint="Move the model to one device, or set device.target to auto",
+            )
+    return device or default
+
+
+def _enclosing(subtrees: list[Subtree], name: str) -> Subtree | None:
+    return next((subtree for subtree in subtrees if name.startswith(subtree.prefix)), None) if subtrees else None
+
+
+def _place(name: str, spec: Stored, target: Target, config: DeviceConfig, device: torch.device, index: int) -> Place:
+    tensor, shape = target.tensor, spec.shape
+    kind, declared, on_meta = type(tensor), target.declared, target.on_meta
+    dtype = torch_dtype(spec.dtype)
+    if dtype is None:
+        raise unsupported(spec.dtype, name)
+    if spec.dtype == "F4":
+        shape = torch_shape(spec.dtype, shape)
+    if kind not in _PLAIN:
+        _check_kind(tensor, name)
+    if tensor.shape != shape:
+        _check_shape(tensor, shape, name)
+    wanted = declared
+    if dtype is not declared or (on_meta and config.dtype != "model"):
+        wanted = destination_dtype(dtype, declared, config, on_meta=on_meta, tensor=name)
+    mode: Mode = "adopt"
+    if target.filled_by >= 0:
+        mode = "stage"
+    elif not on_meta:
+        mode = _mode_in_place(tensor, device, config, name)
+        if mode == "fill" and spec.stride is not None:
+            mode = "stage"
+    elif tensor._backward_hooks is not None:
+        raise PlacementError(
+            "the parameter is on meta and has a gradient hook, which would be lost",
+            tensor=name,
+            hint="Register hooks on parameters after loading",
+        )
+    return Place(name, spec.num_bytes, dtype, wanted, shape, mode, target.position, target, spec.stride, index)
+
+
+def _mode_in_place(tensor: torch.Tensor, device: torch.device, config: DeviceConfig, name: str) -> Mode:
+    if tensor.layout is not torch.strided or _overlaps(tensor):
+        raise PlacementError(
+            "the tensor has no memory of its own for every element (sparse, or expanded)",
+            tensor=name,
+            hint="Make it dense and contiguous before loading",
+        )
+    if config.commit == "atomic":
+        return "stage"
+    plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    if type(tensor) not in _PLAIN and is_sharded(tensor):
+        return "stage"
+    return "fill" if plain and tensor.device == device else "stage"
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _subtree_place(
+    name: str, spec: Stored, target: Target | None, subtree: Subtree, config: DeviceConfig, device: int
+) -> Place:
+    dtype = _stored_dtype(spec, name)
+    shape = torch_shape(spec.dtype, spec.shape)
+    wanted = dtype
+    if target is not None:
+        if is_sharded(target.tensor):
+            check_sharded(target.tensor, name)
+        if is_lazy(target.tensor):  # its hook would give it a shape, which nothing could take away again
+            _check_kind(target.tensor, name)
+        if subtree.keeps_shapes:
+            _check_shape(target.tensor, shape, name)
+        if subtree.keeps_shapes or (target.tensor.dtype in CASTABLE and dtype in CASTABLE):
+            on_meta = target.tensor.device.type == "meta"
+            wanted = destination_dtype(dtype, target.tensor.dtype, config, on_meta=on_meta, tensor=name)
+    position = subtree.targets[0].position if subtree.targets else 0
+    return Place(name, spec.num_bytes, dtype, wanted, shape, "stage", position, target, spec.stride, device)
+
+
+def _check_kind(tensor: torch.Tensor, name: str) -> None:
+    """Refuse tensors whose storage is not plain memory; subclasses that only add attributes or methods are fine.
+
+    A class that says itself how it is dispatched (torchao) or moved to a device (bitsandbytes quantises then) stores
+    something else than what it looks like, or will.
+    """
+    kind = type(tensor)
+    if is_sharded(tensor):
+        check_sharded(tensor, name)
+        return
+    if is_lazy(tensor):
+        raise PlacementError(
+            "the parameter has no shape yet (a lazy module)", tensor=name, hint="Run the module once before loading"
+        )
+    if any(getattr(kind, method) is not getattr(torch.Tensor, method) for method in _OWN_STORAGE):
+        raise PlacementError(
+            f"the parameter is a tensor subclass with a storage of its own kind ({kind.__module__}.{kind.__qualname__})",
+            tensor=name,
+            hint="Load the plain tensor first and wrap or quantise it afterwards",
+        )
+
+
+def _check_shape(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> None:
+    if tensor.shape != shape:
+        raise ShapeMismatchError(
+            "the shapes differ",
+            tensor=name,
+            expected=f"{tuple(tensor.shape)} (model)",
+            actual=f"{shape} (checkpoint)",
+        )
+
+
+def _stored_dtype(spec: Stored, name: str) -> torch.dtype:
+    dtype = torch_dtype(spec.dtype)
+    if dtype is None:
+        raise unsupported(spec.dtype, name)
+    return dtype
