@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,12 @@ def _safe_open(case: Case) -> nn.Module:
                 for name in file.keys():  # noqa: SIM118 - it is no dictionary
                     parameters[name].copy_(file.get_tensor(name))
     return case.model
+
+
+def _to_empty(case: Case, *, load: Callable[[Case], nn.Module]) -> nn.Module:
+    """Give a model on meta memory, which nobody has touched, and then copy into that: what fills it from nothing."""
+    case.model.to_empty(device=case.device)
+    return load(case)
 
 
 def _needs_prefetch(_case: Case) -> None:
@@ -189,6 +196,22 @@ ARMS = (
         "peer",
         _safe_open,
         begins="allocated",
+        package="safetensors",
+        imports=(_LIBRARY,),
+    ),
+    Arm(
+        "preload-meta",
+        "to_empty, preload all, load_state_dict",
+        "peer",
+        functools.partial(_to_empty, load=_preload),
+        package="safetensors",
+        imports=(_LIBRARY,),
+    ),
+    Arm(
+        "safe-open-meta",
+        "to_empty, safetensors safe_open, copy_",
+        "peer",
+        functools.partial(_to_empty, load=_safe_open),
         package="safetensors",
         imports=(_LIBRARY,),
     ),

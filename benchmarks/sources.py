@@ -36,12 +36,12 @@ from safetensors.torch import save_file
 from tests.fakes.filesystem import Behaviour, Speed, mounted
 from tests.fakes.fuse import why_not
 from weightstream import LoaderConfig, LoadReport, load_sync, pagecache
-from weightstream.bench import touch
 from weightstream.building import model_for
 from weightstream.ceilings import read_ceiling
 from weightstream.prefetch.checkpoint import open_checkpoint
 from weightstream.prefetch.header import TensorSpec
 from weightstream.prefetch.memory import usable_cores
+from weightstream.samples import touch
 
 FIXED_IO: tuple[Literal["buffered", "direct"], ...] = ("buffered", "direct")
 WORKERS = (1, 2, 4, 8, 16, 32)

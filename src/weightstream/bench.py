@@ -1,74 +1,41 @@
 """`weightstream bench`: what this machine can do at best, what a load reaches, and where its time goes.
 
 Every round measures each thing once, one after the other, so that what changes in between hits all of them. The model is
-made from the checkpoint, on meta, and new for each load. Importing this does not import torch.
+made from the checkpoint, on meta, and new for each load: one measurement is in `samples`. Importing this does not import
+torch.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
-import gc
 import importlib
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from weightstream import pagecache
 from weightstream.config import LoaderConfig
 from weightstream.display import Display, format_bytes
-from weightstream.drawing import save_timeline
 from weightstream.errors import MemoryBudgetError
 from weightstream.prefetch.checkpoint import open_checkpoint
-from weightstream.prefetch.memory import PAGE_BYTES, allocate, available_bytes, usable_cores
+from weightstream.prefetch.memory import available_bytes
+from weightstream.samples import (
+    Subject,
+    empty_page_cache,
+    fill_page_cache,
+    record,
+    sample_copy,
+    sample_load,
+    sample_read,
+    touch,
+)
 from weightstream.summary import print_facts, print_title
 from weightstream.verdict import Findings, Kind, Row, Sample
 from weightstream.warm import in_thread, reading
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from weightstream.prefetch.header import TensorSpec
-    from weightstream.scheduler.timeline import Recorder
-
-__all__ = ["Subject", "bench", "print_plan", "touch"]
-
-#: Raw reads use up to this many threads; the loader's own choice ends there too.
-_MOST_THREADS = 8
-#: So much of a file may be left in the page cache for a read of it to count as cold.
-_COLD_SHARE = 0.01
-_WARM_SHARE = 0.99
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured. `is_cold`: also with an empty page cache. Sizes are of the tensors, as stored."""
-
-    config: LoaderConfig
-    checkpoint: Path
-    paths: tuple[Path, ...]
-    specs: tuple[TensorSpec, ...]
-    device: torch.device
-    num_runs: int
-    is_cold: bool
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(spec.num_bytes for spec in self.specs)
-
-    @property
-    def needed_bytes(self) -> int:
-        """Host memory that this takes: once for the page cache, once for what is read or loaded."""
-        return 2 * sum(path.stat().st_size for path in self.paths)
-
-    @property
-    def thread_counts(self) -> list[int]:
-        return sorted({1, 2, min(_MOST_THREADS, usable_cores())})
+__all__ = ["bench", "print_plan"]
 
 
 @dataclass(frozen=True)
@@ -122,8 +89,8 @@ async def bench(
     notes: list[str] = []
     arms = _arms(subject)
     with display.step("a first read and a first load, which do not count"):
-        await in_thread(_fill_page_cache, subject, notes)
-        await _load(subject)
+        await in_thread(fill_page_cache, subject, notes)
+        await sample_load(subject)
     for run in range(1, num_runs + 1):
         await _round(subject, arms, display, f"run {run} of {num_runs}", notes)
     found = Findings(
@@ -139,7 +106,7 @@ async def bench(
     )
     if timeline is not None:
         with display.step(f"one more load, for {timeline}"):
-            await _record(subject, timeline)
+            await record(subject, timeline)
     await in_thread(on_findings, found)
 
 
@@ -177,15 +144,15 @@ def _arms(subject: Subject) -> list[_Arm]:
     cold: list[Kind] = ["read cold"] if subject.is_cold else []
     reads: list[Kind] = [*cold, "read direct", "read cached"]
     arms = [
-        _Arm(kind, count, functools.partial(_read, subject, count, direct=kind == "read direct"))
+        _Arm(kind, count, functools.partial(sample_read, subject, count, direct=kind == "read direct"))
         for kind in reads
         for count in subject.thread_counts
     ]
     if subject.device.type != "cpu":
-        arms.append(_Arm("copy", None, functools.partial(_copy, subject)))
+        arms.append(_Arm("copy", None, functools.partial(sample_copy, subject)))
     if subject.is_cold:
-        arms.append(_Arm("load cold", None, functools.partial(_load, subject)))
-    arms.append(_Arm("load cached", None, functools.partial(_load, subject)))
+        arms.append(_Arm("load cold", None, functools.partial(sample_load, subject)))
+    arms.append(_Arm("load cached", None, functools.partial(sample_load, subject)))
     return arms
 
 
@@ -224,10 +191,10 @@ async def _round(subject: Subject, arms: list[_Arm], display: Display, name: str
         with display.step(f"{name}: {arm.row.name}"):
             if arm.kind.endswith("cold"):
                 is_filled = False
-                if not await in_thread(_empty_page_cache, subject, notes):
+                if not await in_thread(empty_page_cache, subject, notes):
                     continue
             elif arm.kind.endswith("cached") and not is_filled:
-                await in_thread(_fill_page_cache, subject, notes)
+                await in_thread(fill_page_cache, subject, notes)
                 is_filled = True
             await in_thread(touch, subject.needed_bytes // 2)
             try:
@@ -236,121 +203,3 @@ async def _round(subject: Subject, arms: list[_Arm], display: Display, name: str
                 if arm.kind != "read direct" or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                     raise
                 notes.append("O_DIRECT was not measured: the file system refuses it")
-
-
-def touch(num_bytes: int) -> None:
-    """Write to so much fresh memory, and free it, so that the next measurement finds memory that the machine has.
-
-    Without this, what ran before decides: on a virtual machine, pages that were never touched, or were free for a while,
-    have to come from its host, and filling 2.5 GB was seen to take from 0.25 to 2.4 s.
-    """
-    with Path("/dev/zero").open("rb", buffering=0) as zeros:
-        memory = memoryview(allocate(-(-num_bytes // PAGE_BYTES) * PAGE_BYTES))
-        done = 0
-        while done < len(memory):  # reads let the event loop's thread run, which answers Ctrl-C; memset would not
-            done += zeros.readinto(memory[done:]) or 0
-
-
-def _fill_page_cache(subject: Subject, notes: list[str]) -> None:
-    from weightstream.ceilings import read_ceiling  # noqa: PLC0415
-
-    read_ceiling(subject.paths, num_threads=subject.thread_counts[-1], direct=False)
-    share = pagecache.resident_share(subject.paths)
-    if share < _WARM_SHARE:
-        notes.append(
-            f"the page cache kept only {share:.0%} of the files: rows that say cached are partly from the disk"
-        )
-
-
-def _empty_page_cache(subject: Subject, notes: list[str]) -> bool:
-    """Drop the files from the page cache; return whether they are gone."""
-    pagecache.drop(subject.paths)
-    share = pagecache.resident_share(subject.paths)
-    if share > _COLD_SHARE:
-        notes.append(
-            f"cold reads were not measured: {share:.0%} of the files stayed in the page cache (others use them), or"
-            " this user may not see whether they did (only their owner may)"
-        )
-    return share <= _COLD_SHARE
-
-
-async def _read(subject: Subject, num_threads: int, *, direct: bool) -> Sample:
-    from weightstream.ceilings import read_ceiling  # noqa: PLC0415
-
-    gauge = _Gauge()
-    found = await in_thread(functools.partial(read_ceiling, subject.paths, num_threads=num_threads, direct=direct))
-    return Sample(found.num_bytes, found.wall_s, gauge.cpu_s, gauge.peak_bytes)
-
-
-async def _copy(subject: Subject) -> Sample:
-    from weightstream.ceilings import copy_ceiling  # noqa: PLC0415
-
-    gauge = _Gauge()
-    found = await in_thread(
-        functools.partial(
-            copy_ceiling, subject.device, num_bytes=subject.num_bytes, chunk_bytes=subject.config.prefetch.chunk
-        )
-    )
-    return Sample(found.num_bytes, found.wall_s, gauge.cpu_s, gauge.peak_bytes)
-
-
-async def _record(subject: Subject, timeline: Path) -> None:
-    """Load once more, and save what happened when: what was measured before was not recorded."""
-    from weightstream.scheduler.timeline import Recorder  # noqa: PLC0415
-
-    recorder = Recorder()
-    await in_thread(touch, subject.needed_bytes // 2)
-    await _load(subject, recorder)
-    await in_thread(save_timeline, recorder.timeline(), timeline)
-
-
-async def _load(subject: Subject, recorder: Recorder | None = None) -> Sample:
-    from weightstream.api import load  # noqa: PLC0415
-
-    model = await in_thread(_prepare_load, subject)
-    gauge = _Gauge()
-    report = await load(model, subject.checkpoint, config=subject.config, recorder=recorder)
-    return Sample(report.num_bytes, report.wall_s, gauge.cpu_s, gauge.peak_bytes, report)
-
-
-def _prepare_load(subject: Subject) -> nn.Module:
-    """Return a new model, and leave nothing of the last one: not to the collector, nor in torch's cache of memory."""
-    import torch  # noqa: PLC0415
-
-    from weightstream.building import model_for  # noqa: PLC0415
-
-    if subject.device.type != "cpu":
-        torch.get_device_module(subject.device).empty_cache()
-    model = model_for(subject.specs)
-    gc.collect()
-    return model
-
-
-class _Gauge:
-    """CPU time and growth of this process since this was made."""
-
-    def __init__(self) -> None:
-        self._rss_bytes = self._reset_peak()
-        self._begin_s = time.process_time()
-
-    @property
-    def cpu_s(self) -> float:
-        return time.process_time() - self._begin_s
-
-    @property
-    def peak_bytes(self) -> int | None:
-        return None if self._rss_bytes is None else max(0, _memory_bytes("VmHWM") - self._rss_bytes)
-
-    @staticmethod
-    def _reset_peak() -> int | None:
-        """Set the peak to what is held now, and return that; None where the kernel does not let us."""
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
-        except OSError:
-            return None
-        return _memory_bytes("VmRSS")
-
-
-def _memory_bytes(line: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(found.split()[1]) * 1024 for found in lines if found.startswith(f"{line}:"))

@@ -16,7 +16,7 @@ from torch import nn
 from tests.builders import INDEX, random_tensors, write_checkpoint
 from tests.cli.conftest import Run, Start
 from tests.contract import REPORT_KEYS
-from weightstream import bench, ceilings, pagecache
+from weightstream import bench, ceilings, pagecache, samples
 from weightstream.building import model_for
 from weightstream.ceilings import ReadCeiling
 from weightstream.errors import PlacementError, UnsupportedFormatError
@@ -27,7 +27,7 @@ from weightstream.prefetch.header import TensorSpec
 @pytest.fixture(autouse=True)
 def _on_two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEIGHTSTREAM_DEVICE__TARGET", "cpu")
-    monkeypatch.setattr(bench, "usable_cores", lambda: 2)
+    monkeypatch.setattr(samples, "usable_cores", lambda: 2)
 
 
 @pytest.fixture(name="_direct")
