@@ -30,9 +30,10 @@ from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.memory import Peak
 from weightstream.prefetch.source import Source
 from weightstream.ranks import find_ranks, ranked_logger
+from weightstream.scheduler.course import Filled
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.files import Files
-from weightstream.scheduler.flow import Filled, Flow
+from weightstream.scheduler.flow import Flow
 from weightstream.scheduler.interpreter import no_garbage_collection, quick_thread_switches
 from weightstream.scheduler.ledger import Ledger
 from weightstream.scheduler.pipeline import Pipeline
@@ -298,8 +299,7 @@ class Job:
             with no_garbage_collection(), self._placing():
                 self.readiness.mark(sink.take(part))
             num_bytes = sum(sizes[place].num_bytes for place in part)
-            flow.bytes_read += num_bytes
-            flow.bytes_placed += num_bytes
+            flow.given(num_bytes)
 
     @contextmanager
     def _placing(self) -> Generator[None, None, None]:

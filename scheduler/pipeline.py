@@ -157,7 +157,7 @@ class Pipeline:
 
     def start(self) -> None:
         """Let readers begin."""
-        self._engine.readers.attach(self.flow)
+        self._engine.readers.attach(self.flow.filling)
 
     def start_prefault(self) -> None:
         """Have mapped files brought in, if there are some."""
@@ -166,7 +166,7 @@ class Pipeline:
 
     def drain(self) -> None:
         """Wait until no reader and no copy is at work. The flow must have ended, or have been stopped."""
-        self._engine.readers.detach(self.flow)
+        self._engine.readers.detach(self.flow.filling)
         stuck = self.flow.drain(GRACE_S, on_return=lambda: self._files.keep_open(-1))
         if stuck:
             self._files.keep_open(stuck)

@@ -16,7 +16,8 @@ from tests.fakes.ring import STALE
 from tests.models import SmallNet, tensors_of
 from weightstream.device.backend import Event
 from weightstream.scheduler import pipeline
-from weightstream.scheduler.flow import Filled, Flow
+from weightstream.scheduler.course import Filled
+from weightstream.scheduler.flow import Flow
 
 MakeRig = Callable[..., Rig]
 

@@ -1,0 +1,247 @@
+"""Filling: chunks are granted to readers, in the order of the plan, and read, in as many parts as the tuner says.
+
+A chunk is granted when its turn has come and there is a buffer for it. Back-pressure is nothing but this: no free slot,
+no grant. `Filling.take` and the reads that it returns run on reader threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from weightstream.device.stage import DeviceStage
+from weightstream.prefetch.mapping import populate
+from weightstream.prefetch.memory import PAGE_BYTES, copy_out
+from weightstream.prefetch.ring import Ring, Slot
+from weightstream.prefetch.source import ByteRange
+from weightstream.scheduler.course import Course, Fill
+from weightstream.scheduler.hashing import Hashing
+from weightstream.scheduler.plan import Chunk, LoadPlan
+from weightstream.scheduler.reading import Reading
+
+__all__ = ["Filling", "GivenUp", "Read"]
+
+
+class Read(NamedTuple):
+    """A read in progress: of which shard, from where on, and since when."""
+
+    shard: int
+    offset: int
+    began_s: float
+
+
+class GivenUp(NamedTuple):
+    """What `Filling.give_up` found: how many reads are stuck, the slots that they may write to, and those left over."""
+
+    num_reads: int
+    stuck: list[Slot]
+    unused: list[Slot]
+
+
+class Filling:
+    """See the module. What has no underscore is called with the lock held, except for `take`.
+
+    Args:
+        course: the lock, and what it guards beside this.
+        plan: what to read.
+        reading: how.
+        stage: where to; `buffers` is used by reader threads.
+        ring: where slots come from, and those go back to that are only read through.
+        admit: asked, in the order of the plan and without blocking, whether a chunk may be granted now.
+        hashing: hashes what has been read, if the load is verified.
+
+    Attributes:
+        reads: those in progress, in the order in which they began.
+    """
+
+    def __init__(
+        self,
+        course: Course,
+        plan: LoadPlan,
+        reading: Reading,
+        stage: DeviceStage,
+        ring: Ring,
+        *,
+        admit: Callable[[Chunk], bool] | None,
+        hashing: Hashing | None,
+    ) -> None:
+        self.reads: dict[object, Read] = {}
+        self._course = course
+        self._plan = plan
+        self._source, self._tuner, self._resident = reading.source, reading.tuner, reading.resident
+        self._widen, self._eviction = reading.widen, reading.eviction
+        self._stage = stage
+        self._ring = ring
+        self._admit = admit
+        self._hashing = hashing
+        self._next = 0
+        self._next_part_of: Fill | None = None
+        self._on_return: Callable[[], None] = lambda: None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every chunk has been read and let go."""
+        return self._next == len(self._plan.chunks) and not self._course.fills
+
+    def take(self) -> Callable[[], None] | None:
+        """Grant the next part of a chunk, if its turn has come; see `prefetch.readers.ReadQueue`."""
+        course = self._course
+        with course.condition:
+            if course.error is not None or len(self.reads) >= self._tuner.setting.workers:
+                return None
+            fill = self._next_part_of or self._open_next()
+            if fill is None:
+                return None
+            begin, end = fill.position, self._end_of_part(fill)
+            fill.position = end
+            fill.num_reading += 1
+            self._next_part_of = fill if end < fill.chunk.source.end else None
+            read = object()
+            part = ByteRange(fill.chunk.source.shard, begin, end)
+            self.reads[read] = Read(part.shard, begin, course.clock.now())
+            course.ledger.change(reading=1)
+            number = self._tuner.begin() if fill.tuned else None
+        return lambda: self._read(read, fill, part, number)
+
+    def give_up(self, on_return: Callable[[], None]) -> GivenUp:
+        """Wait for no read any more; `on_return` is called, on its thread, for each that returns after all."""
+        self._on_return = on_return
+        found = GivenUp(len(self.reads), [], [])
+        for fill in self._course.fills.values():  # a chunk of which no part is being read has its slot to give back
+            fill.given_up = fill.num_reading > 0
+            if fill.slot is not None:
+                (found.stuck if fill.given_up else found.unused).append(fill.slot)
+        self._course.fills.clear()
+        self.reads.clear()
+        self._course.ledger.change(reading=-found.num_reads)
+        return found
+
+    def _open_next(self) -> Fill | None:
+        if self._next == len(self._plan.chunks):
+            return None
+        chunk = self._plan.chunks[self._next]
+        if self._admit is not None and not self._admit(chunk):
+            return None
+        tuned = not self._resident[chunk.index]
+        direct = tuned and self._tuner.setting.direct and self._source.has_direct(chunk.source.shard)
+        slot: Slot | None = None
+        if direct or chunk.transfer.slot_bytes:
+            slot = self._ring.acquire_nowait()
+            if slot is None:
+                return None
+        self._next += 1
+        bounces = direct and not chunk.transfer.slot_bytes and self._stage.lands(chunk.transfer)
+        fill = Fill(chunk, slot, direct, tuned, bounces, chunk.source.begin, chunk.num_bytes)
+        self._course.fills[chunk.index] = fill
+        return fill
+
+    def _end_of_part(self, fill: Fill) -> int:
+        """Return where the next part ends: on a page, so that no two direct reads write to the same one."""
+        end = fill.chunk.source.end
+        if not fill.tuned:
+            return end
+        read_bytes = self._tuner.setting.read_bytes
+        cut = (fill.position + read_bytes) // PAGE_BYTES * PAGE_BYTES
+        return cut if end - cut >= read_bytes // 4 else end
+
+    def _read(self, read: object, fill: Fill, part: ByteRange, number: int | None) -> None:
+        course, num_bytes = self._course, part.end - part.begin
+        error: BaseException | None = None
+        began_s = course.clock.now()
+        copy_s: float | None = None
+        try:
+            copy_s = self._fetch(fill, part)
+        except BaseException as exc:  # noqa: BLE001 (whatever it is, it ends the load and not the reader thread)
+            error = exc
+        ended_s = course.clock.now()
+        if error is None:
+            self._note_part(fill, num_bytes, began_s, copy_s, ended_s)
+        with course.condition:
+            if fill.given_up:
+                self._come_back(fill)
+                return
+            busy = len(self.reads) >= self._tuner.setting.workers
+            del self.reads[read]
+            fill.num_reading -= 1
+            course.fail(error)
+            num_filled = 0
+            if course.error is None:
+                course.bytes_read += num_bytes
+                if fill.num_reading == fill.left_bytes == 0:
+                    num_filled = self._complete(fill)
+            course.ledger.change(reading=-1, filled=num_filled)
+            if course.error is not None or not fill.num_reading:
+                course.condition.notify_all()
+            has_changed = False
+            if fill.tuned and course.error is None:
+                if fill.direct and not self._source.has_direct(part.shard):
+                    self._tuner.refuse_direct()
+                else:
+                    has_changed = self._tuner.end(number, num_bytes, ended_s - began_s, busy=busy)
+            workers = self._tuner.setting.workers
+        if has_changed:
+            self._widen(workers)
+
+    def _complete(self, fill: Fill) -> int:
+        """Pass a chunk on whose last part has been read; return how many more can be copied now. The lock is held."""
+        if self._hashing is None:
+            return self._course.hand_over(fill)
+        self._hashing.put(fill, self._buffers_of(fill))
+        return 0
+
+    def _buffers_of(self, fill: Fill) -> list[memoryview]:
+        """Return the memory that the bytes of a chunk are in, once all of them are."""
+        if fill.direct and not fill.bounces:
+            assert fill.slot is not None
+            assert fill.shift is not None
+            return [fill.slot.view[fill.shift : fill.shift + fill.chunk.num_bytes]]
+        view = None if fill.slot is None else fill.slot.view
+        return self._stage.buffers(fill.chunk.transfer, view, 0, fill.chunk.num_bytes)
+
+    def _come_back(self, fill: Fill) -> None:
+        """Note that a read has returned which was given up: the slot is written off, nobody waits."""
+        fill.num_reading -= 1
+        if fill.slot is not None and not fill.num_reading:
+            self._ring.settle(fill.slot)
+        self._on_return()
+
+    def _note_part(self, fill: Fill, num_bytes: int, began_s: float, copy_s: float | None, ended_s: float) -> None:
+        """Note that a part is there; with the last one, give back a slot that was only read through.
+
+        Before the chunk is handed over: who has waited for the load finds every slot free. Without the lock, see `Course`.
+        """
+        course = self._course
+        if course.recorder is not None:
+            course.recorder.read(fill.chunk, began_s, ended_s if copy_s is None else copy_s, ended_s, num_bytes)
+        with course.condition:
+            fill.left_bytes -= num_bytes
+            slot = fill.slot if fill.bounces and not fill.left_bytes and not fill.given_up else None
+            if slot is not None:
+                fill.slot = None
+        if slot is not None:
+            self._ring.release(slot)
+
+    def _fetch(self, fill: Fill, part: ByteRange) -> float | None:
+        """Read a part; return since when it was copied from the slot, if it was."""
+        whole = fill.chunk.source
+        offset = part.begin // PAGE_BYTES * PAGE_BYTES - whole.begin // PAGE_BYTES * PAGE_BYTES
+        if fill.direct:
+            assert fill.slot is not None
+            self._source.read_direct(part, fill.slot.view[offset:])
+            if not fill.bounces:
+                return None
+        view = None if fill.slot is None else fill.slot.view
+        buffers = self._stage.buffers(fill.chunk.transfer, view, part.begin - whole.begin, part.end - whole.begin)
+        if fill.chunk.is_mapped:
+            for buffer in buffers:
+                populate(buffer)
+            return None
+        if not fill.bounces:
+            self._source.read(part, buffers)
+            if fill.tuned and self._eviction is not None:
+                self._eviction.forget(part)
+            return None
+        assert view is not None
+        copy_s = self._course.clock.now()
+        copy_out(view[offset + part.begin % PAGE_BYTES :], buffers)
+        return copy_s
