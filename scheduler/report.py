@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict
 
 __all__ = ["LoadReport", "Progress", "State"]
 
@@ -39,62 +41,68 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What a load did.
+    """What a load did. As JSON it is what `weightstream warm --json` prints."""
 
-    Attributes:
-        checkpoint: the index or file that was loaded.
-        strategy: how, and `reason` why so, in one sentence.
-        device: where the tensors are, as torch writes it, all devices of a map; "page-cache" where bytes were only read.
-        dtype: of the loaded tensors, the one with most bytes first.
-        num_tensors, num_shards, num_bytes: what was loaded; bytes as stored.
-        wall_s: seconds from the call to the last tensor in place.
-        throughput_bytes_per_s: num_bytes / wall_s.
-        phases: seconds in which the load waited for preflight, disk, copy, bind and other, and for verify where that
-            was asked for; they sum to wall_s.
-        overlap: time in which a read and a copy were both in progress, as a share of the less busy stage's time; 0.0
-            where one of the two had nothing to do.
-        host_peak_bytes: the most that ring and host blocks held together while this load ran, by our own account.
-        pinned_bytes: how much of the ring was page-locked at the end.
-        device_peak_bytes: the most device memory that this load had allocated at once for blocks; 0 on the CPU. Of several
-            devices the sum.
-        num_copies: copies from slots to blocks or parameters.
-        num_retries: reads that were repeated after an error that passed.
-        decisions: how it was read and on which measurements that was decided, one sentence each.
-        fallbacks: every downgrade and special way, one sentence each.
-        missing_keys, unexpected_keys: as torch names them; empty where `device.strict` holds.
-        verified: what the bytes of every shard that was read were compared with: "sha256 (manifest)", "sha256 (hub)"
-            for the names of blobs in the Hugging Face cache; "none" if nothing.
-        hash_s: seconds that threads spent on hashing, added up; how long the load waited for that is in `phases`.
-        unloaded_keys: what a device map leaves on meta.
-        rank, world_size: which of how many processes this is; 0 and 1 where it is alone. See `weightstream.ranks`.
-    """
+    __pydantic_config__: ClassVar[ConfigDict] = {
+        "use_attribute_docstrings": True,
+        "json_schema_serialization_defaults_required": True,
+    }
 
     checkpoint: str
+    """The index or file that was loaded."""
     strategy: str
+    """How it was loaded: stream, preload, direct or map."""
     reason: str
+    """Why so, in one sentence."""
     device: str
+    """Where the tensors are, as torch writes it, all devices of a map; "page-cache" where bytes were only read."""
     dtype: str
+    """Of the loaded tensors, the one with most bytes first."""
     num_tensors: int
+    """How many tensors were loaded."""
     num_shards: int
+    """How many files they were in."""
     num_bytes: int
+    """Of the loaded tensors together, as stored."""
     wall_s: float
+    """Seconds from the call to the last tensor in place."""
     throughput_bytes_per_s: float
+    """`num_bytes` / `wall_s`."""
     phases: dict[str, float]
+    """Seconds in which the load waited for preflight, disk, copy, bind and other, and for verify where that was asked for;
+    they sum to `wall_s`."""
     overlap: float
+    """Time in which a read and a copy were both in progress, as a share of the less busy stage's time; 0.0 where one of the
+    two had nothing to do."""
     host_peak_bytes: int
+    """The most that ring and host blocks held together while this load ran, by our own account."""
     pinned_bytes: int
+    """How much of the ring was page-locked at the end."""
     device_peak_bytes: int
+    """The most device memory that this load had allocated at once for blocks; 0 on the CPU. Of several devices the sum."""
     num_copies: int
+    """Copies from slots to blocks or parameters."""
     num_retries: int
+    """Reads that were repeated after an error that passed."""
     decisions: tuple[str, ...]
+    """How it was read and on which measurements that was decided, one sentence each."""
     fallbacks: tuple[str, ...]
+    """Every downgrade and special way, one sentence each."""
     missing_keys: tuple[str, ...]
+    """As torch names them; empty where `device.strict` holds."""
     unexpected_keys: tuple[str, ...]
+    """As torch names them; empty where `device.strict` holds."""
     verified: str
+    """What the bytes of every shard that was read were compared with: "sha256 (manifest)"; "sha256 (hub)" for the names of
+    blobs in the Hugging Face cache; "none" if nothing."""
     hash_s: float = 0.0
+    """Seconds that threads spent on hashing, added up; how long the load waited for that is in `phases`."""
     rank: int = 0
+    """Which of several processes this is, from 0 on; see `weightstream.ranks`."""
     world_size: int = 1
+    """How many processes there are; 1 where it is alone."""
     unloaded_keys: tuple[str, ...] = ()
+    """What a device map leaves on meta."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data; the keys are the attributes' names."""

@@ -31,3 +31,18 @@ REPORT_KEYS = [
     "world_size",
     "unloaded_keys",
 ]
+
+#: The keys of what the other commands print with --json. As above.
+INSPECT_KEYS = ["checkpoint", "num_bytes", "num_tensors", "num_shards", "shards", "tensors"]
+VERIFY_KEYS = ["checkpoint", "ok", "num_shards", "num_bytes", "wall_s", "manifest", "shards"]
+BENCH_KEYS = [
+    "checkpoint",
+    "num_bytes",
+    "num_tensors",
+    "num_shards",
+    "device",
+    "io",
+    "workers",
+    "rows",
+    "notes",
+]

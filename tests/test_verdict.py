@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from tests.cli.test_summary import REPORT
-from weightstream.verdict import Findings, Kind, Row, Sample, print_findings
+from weightstream.outputs import Kind, Sample
+from weightstream.verdict import Findings, Row, print_findings
 
 GB = 10**9
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from weightstream.config import LoaderConfig
 from weightstream.display import Display, format_bytes
 from weightstream.errors import MemoryBudgetError
+from weightstream.outputs import Kind, Sample
 from weightstream.prefetch.checkpoint import open_checkpoint
 from weightstream.prefetch.memory import available_bytes
 from weightstream.samples import (
@@ -32,7 +33,7 @@ from weightstream.samples import (
     touch,
 )
 from weightstream.summary import print_facts, print_title
-from weightstream.verdict import Findings, Kind, Row, Sample
+from weightstream.verdict import Findings, Row
 from weightstream.warm import in_thread, reading
 
 __all__ = ["bench", "print_plan"]

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -231,6 +231,7 @@ def inspect(session: _Session, checkpoint: str, *, as_json: bool) -> None:
     """
     from weightstream.config import LoaderConfig  # noqa: PLC0415
     from weightstream.display import Output  # noqa: PLC0415
+    from weightstream.outputs import Inspection, to_json  # noqa: PLC0415
     from weightstream.prefetch.attempts import sleeping  # noqa: PLC0415
     from weightstream.prefetch.checkpoint import open_checkpoint  # noqa: PLC0415
     from weightstream.summary import print_checkpoint  # noqa: PLC0415
@@ -250,36 +251,11 @@ def inspect(session: _Session, checkpoint: str, *, as_json: bool) -> None:
     async def show() -> None:
         with await in_thread(open_it) as opened:
             if as_json:
-                await in_thread(_emit, _checkpoint_json(opened))
+                await in_thread(lambda: _emit(to_json(Inspection.of(opened))))
             else:
                 await in_thread(print_checkpoint, Output(), opened)
 
     session.shutdown.run(show)
-
-
-def _checkpoint_json(checkpoint: Checkpoint) -> str:
-    tensors = [
-        {
-            "name": spec.name,
-            "dtype": spec.dtype,
-            "shape": spec.shape,
-            "num_bytes": spec.num_bytes,
-            "shard": checkpoint.shards[spec.shard].path.name,
-        }
-        for spec in checkpoint.tensors.values()
-    ]
-    shards = [{"name": shard.path.name, "num_bytes": shard.num_bytes} for shard in checkpoint.shards]
-    return json.dumps(
-        {
-            "checkpoint": str(checkpoint.path),
-            "num_bytes": checkpoint.num_bytes,
-            "num_tensors": len(tensors),
-            "num_shards": len(shards),
-            "shards": shards,
-            "tensors": tensors,
-        },
-        indent=2,
-    )
 
 
 @_weightstream.command()
@@ -302,6 +278,7 @@ def verify(session: _Session, checkpoint: str, *, write_manifest: bool, force: b
     from weightstream import verifying  # noqa: PLC0415
     from weightstream.config import LoaderConfig  # noqa: PLC0415
     from weightstream.display import Output, make_display  # noqa: PLC0415
+    from weightstream.outputs import to_json  # noqa: PLC0415
     from weightstream.warm import in_thread  # noqa: PLC0415
 
     settings = LoaderConfig(checkpoint=checkpoint)  # type: ignore[arg-type]  # as in inspect
@@ -312,7 +289,7 @@ def verify(session: _Session, checkpoint: str, *, write_manifest: bool, force: b
         found = await verifying.verify(settings, display, writes_manifest=write_manifest, overwrites=force)
         codes.append(DONE if found.is_good else FAILED)
         if as_json:
-            await in_thread(_emit, json.dumps(found.to_dict(), indent=2))
+            await in_thread(_emit, to_json(found.printed()))
         else:
             await in_thread(verifying.print_verdict, Output(), found)
 
@@ -355,6 +332,7 @@ def bench(
     from weightstream import bench as measuring  # noqa: PLC0415
     from weightstream.config import LoaderConfig  # noqa: PLC0415
     from weightstream.display import Output, make_display  # noqa: PLC0415
+    from weightstream.outputs import to_json  # noqa: PLC0415
     from weightstream.verdict import Findings, print_findings  # noqa: PLC0415
 
     target = {} if device is None else {"target": device}
@@ -363,7 +341,7 @@ def bench(
 
     def show(found: Findings) -> None:
         if as_json:
-            _emit(json.dumps(found.to_dict(), indent=2))
+            _emit(to_json(found.printed()))
         else:
             print_findings(console, found)
 
@@ -382,14 +360,12 @@ def bench(
 
 
 @_weightstream.command()
-@click.argument("of", type=click.Choice(["config", "report"]), default="config")
+@click.argument("of", type=click.Choice(["config", "report", "inspect", "verify", "bench"]), default="config")
 def schema(of: str) -> None:
-    """Print a JSON schema: of the YAML file, for editors, or of the report that `warm --json` prints."""
-    from pydantic import TypeAdapter  # noqa: PLC0415
+    """Print a JSON schema: of the YAML file, for editors, or of what a command prints with --json.
 
-    from weightstream.config import LoaderConfig  # noqa: PLC0415
-    from weightstream.scheduler.report import LoadReport  # noqa: PLC0415
+    `report` is what `warm --json` prints.
+    """
+    from weightstream.outputs import schema_of  # noqa: PLC0415
 
-    described: type[LoaderConfig | LoadReport] = LoaderConfig if of == "config" else LoadReport
-    mode: Literal["validation", "serialization"] = "validation" if of == "config" else "serialization"
-    _emit(json.dumps(TypeAdapter(described).json_schema(mode=mode), indent=2))
+    _emit(json.dumps(schema_of(of), indent=2))

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from weightstream import pagecache
 from weightstream.config import LoaderConfig
 from weightstream.drawing import save_timeline
+from weightstream.outputs import Sample
 from weightstream.prefetch.memory import PAGE_BYTES, allocate, usable_cores
-from weightstream.verdict import Sample
 from weightstream.warm import in_thread
 
 if TYPE_CHECKING:

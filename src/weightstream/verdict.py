@@ -5,22 +5,16 @@ Measures nothing, and imports no torch.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
 
 from rich.console import Console
 
 from weightstream.display import format_bytes, format_rate
-from weightstream.scheduler.report import LoadReport
+from weightstream.outputs import Benchmark, BenchmarkRow, Kind, Sample
 from weightstream.summary import print_facts, print_phases, print_table, print_title
 from weightstream.why import explain
 
-__all__ = ["Findings", "Kind", "Row", "Sample", "print_findings"]
-
-#: What a row is about: a load by weightstream, or a ceiling: raw reads from the page cache, from the disk through the
-#: page cache, past the page cache (O_DIRECT), and raw copies to the device.
-Kind = Literal["load cached", "load cold", "read cached", "read cold", "read direct", "copy"]
+__all__ = ["Findings", "Row", "print_findings"]
 
 _NAMES: dict[Kind, str] = {
     "load cached": "weightstream, cached",
@@ -35,17 +29,6 @@ _NAMES: dict[Kind, str] = {
 _NEAR = 0.85
 #: Another setting is worth a word if it reads faster by this factor. A choice too.
 _BETTER = 1.1
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One run. `cpu_s`: seconds of all cores. `peak_bytes`: by how much the process grew meanwhile; None: unknown."""
-
-    num_bytes: int
-    wall_s: float
-    cpu_s: float
-    peak_bytes: int | None
-    report: LoadReport | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,23 +113,32 @@ class Findings:
             return f"Raw reads were fastest as in `{best.name}`: try {' and '.join(settings)}."
         return f"Raw reads reach {format_rate(best.bytes_per_s)} with {_threads(best.num_threads or 1)}; no setting stands out."
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data."""
+    def printed(self) -> Benchmark:
+        """Return it as `--json` prints it."""
         rows = [
-            {
-                "name": row.name,
-                "kind": row.kind,
-                "num_threads": row.num_threads,
-                "bytes_per_s": row.bytes_per_s,
-                "share_of_ceiling": self.share(row) if row in self.loads else None,
-                "ceiling": self.ceiling(row).name if row in self.loads else None,
-                "bound": self.bound(row) if row in self.loads else None,
-                "samples": [dataclasses.asdict(sample) for sample in row.samples],
-            }
+            BenchmarkRow(
+                name=row.name,
+                kind=row.kind,
+                num_threads=row.num_threads,
+                bytes_per_s=row.bytes_per_s,
+                share_of_ceiling=self.share(row) if row in self.loads else None,
+                ceiling=self.ceiling(row).name if row in self.loads else None,
+                bound=self.bound(row) if row in self.loads else None,
+                samples=row.samples,
+            )
             for row in self.rows
         ]
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {**values, "rows": rows}
+        return Benchmark(
+            checkpoint=self.checkpoint,
+            num_bytes=self.num_bytes,
+            num_tensors=self.num_tensors,
+            num_shards=self.num_shards,
+            device=self.device,
+            io=self.io,
+            workers=self.workers,
+            rows=tuple(rows),
+            notes=self.notes,
+        )
 
 
 def print_findings(console: Console, found: Findings) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import anyio
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.console import Console
 from weightstream.config import LoaderConfig
 from weightstream.display import Display, format_bytes, format_rate
 from weightstream.errors import WeightstreamError, shown
+from weightstream.outputs import Verification, VerifiedShard
 from weightstream.prefetch.attempts import sleeping
 from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
 from weightstream.prefetch.config import PrefetchConfig
@@ -45,7 +47,7 @@ class ShardFinding:
     expected: Digest | None
 
     @property
-    def status(self) -> str:
+    def status(self) -> Literal["ok", "wrong", "unknown"]:
         if self.expected is None:
             return "unknown"
         return "ok" if self.expected.sha256 == self.sha256 else "wrong"
@@ -69,27 +71,22 @@ class Verdict:
         """Whether every file is what it should be; one of which nobody knows that only if a manifest was written."""
         return all(shard.status == "ok" or (shard.status == "unknown" and self.manifest) for shard in self.shards)
 
-    def to_dict(self) -> dict[str, object]:
-        """Return it as plain data."""
-        return {
-            "checkpoint": self.checkpoint,
-            "ok": self.is_good,
-            "num_shards": len(self.shards),
-            "num_bytes": self.num_bytes,
-            "wall_s": self.wall_s,
-            "manifest": None if self.manifest is None else str(self.manifest),
-            "shards": [
-                {
-                    "name": shard.name,
-                    "num_bytes": shard.num_bytes,
-                    "status": shard.status,
-                    "sha256": shard.sha256,
-                    "expected": None if shard.expected is None else shard.expected.sha256,
-                    "source": None if shard.expected is None else shard.expected.source,
-                }
+    def printed(self) -> Verification:
+        """Return it as `--json` prints it."""
+        return Verification(
+            checkpoint=self.checkpoint,
+            ok=self.is_good,
+            num_shards=len(self.shards),
+            num_bytes=self.num_bytes,
+            wall_s=self.wall_s,
+            manifest=None if self.manifest is None else str(self.manifest),
+            shards=tuple(
+                VerifiedShard(
+                    shard.name, shard.num_bytes, shard.status, shard.sha256, *(shard.expected or (None, None))
+                )
                 for shard in self.shards
-            ],
-        }
+            ),
+        )
 
 
 def print_verdict(console: Console, found: Verdict) -> None:

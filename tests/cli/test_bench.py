@@ -15,7 +15,7 @@ from torch import nn
 
 from tests.builders import INDEX, random_tensors, write_checkpoint
 from tests.cli.conftest import Run, Start
-from tests.contract import REPORT_KEYS
+from tests.contract import BENCH_KEYS, REPORT_KEYS
 from weightstream import bench, ceilings, pagecache, samples
 from weightstream.building import model_for
 from weightstream.ceilings import ReadCeiling
@@ -51,17 +51,7 @@ def test_json_is_everything_that_was_measured(weightstream: Run, checkpoint: Pat
     result = weightstream("bench", checkpoint, "--json", "--runs", "2")
     assert result.code == 0
     found: dict[str, Any] = json.loads(result.out)
-    assert list(found) == [
-        "checkpoint",
-        "num_bytes",
-        "num_tensors",
-        "num_shards",
-        "device",
-        "io",
-        "workers",
-        "rows",
-        "notes",
-    ]
+    assert list(found) == BENCH_KEYS
     assert (found["checkpoint"], found["num_tensors"], found["num_shards"]) == (str(checkpoint / INDEX), 8, 3)
     assert [row["name"] for row in found["rows"]] == [*READS, "weightstream, cached"]
     assert [len(row["samples"]) for row in found["rows"]] == [2] * 5

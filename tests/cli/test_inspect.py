@@ -11,6 +11,7 @@ import torch
 
 from tests.builders import shard_name, write_checkpoint
 from tests.cli.conftest import Run
+from tests.contract import INSPECT_KEYS
 
 
 def test_inspect_shows_shards_dtypes_and_the_largest_tensors(weightstream: Run, tmp_path: Path) -> None:
@@ -43,7 +44,7 @@ def test_inspect_tells_everything_as_json(weightstream: Run, checkpoint: Path) -
     result = weightstream("inspect", checkpoint, "--json")
     assert (result.code, result.err) == (0, "")
     found = json.loads(result.out)
-    assert list(found) == ["checkpoint", "num_bytes", "num_tensors", "num_shards", "shards", "tensors"]
+    assert list(found) == INSPECT_KEYS
     assert (found["num_bytes"], found["num_tensors"], found["num_shards"]) == (4 * (64 + 8) * 4, 8, 3)
     assert found["shards"][0].keys() == {"name", "num_bytes"}
     assert {tensor["name"]: tensor["shape"] for tensor in found["tensors"]}["layers.3.bias"] == [8]
