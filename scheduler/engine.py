@@ -25,11 +25,12 @@ from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.mapping import Prefault
 from weightstream.prefetch.memory import Budget, MemoryAccount, available_bytes, usable_cores
 from weightstream.prefetch.readers import ReaderPool
-from weightstream.prefetch.ring import Ring, Segment, slot_bytes_for
+from weightstream.prefetch.ring import Ring, slot_bytes_for
 from weightstream.prefetch.source import FileSource, Source
 from weightstream.prefetch.tuner import Setting
 from weightstream.scheduler.clock import Clock, SystemClock
 from weightstream.scheduler.config import Settings
+from weightstream.scheduler.pinning import LIMITED, Pinning
 from weightstream.scheduler.plan import LoadPlan
 from weightstream.scheduler.slots import DIRECT_SLOTS, OwnSlots, slots_of_own
 from weightstream.scheduler.strategy import ChosenStrategy
@@ -82,13 +83,6 @@ class Machine:
 #: Eighths of the memory that is to be had which staging may take: the rest is for everybody else. Not measured.
 _SHARE_OF_AVAILABLE = 7
 
-#: What a smaller ring must still have to be worth more than a larger one that is not page-locked: one slot to read into
-#: while another is copied from.
-_LEAST_PINNED_SLOTS = 2
-
-_PINNING_LIMITED = "page-locking host memory was refused from some size on: the ring is as small as what was locked"
-_PINNING_REFUSED = "page-locking host memory was refused: copies to the device are pageable and slower"
-
 
 class Engine:
     """Owns threads and memory for as long as it is open; many loads, one budget.
@@ -114,9 +108,7 @@ class Engine:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._backends: dict[torch.device, Backend] = {}
-        self._pinners: list[threading.Thread] = []
-        self._unpin: dict[Segment, Callable[[], None]] = {}
-        self._pinning_refused = False
+        self._pinning = Pinning()
         self._num_ring_users = 0
         self._prefaults: list[Prefault] = []
         #: How loads from each file system, by its number, were read in the end.
@@ -219,7 +211,7 @@ class Engine:
             return None
         num_slots = self._num_slots(wished, plan, backend, delivers=delivers)
         with self._lock:
-            limited = backend.pinnable and self._pinning_refused and self._is_enough_pinned(self.ring)
+            limited = self._pinning.is_limit_reached(self.ring, backend)
             segments = [] if limited else self.ring.grow(num_slots, numa_node=backend.numa_node)
             found = self.ring.statistics()
             if found.num_slots == found.num_written_off:
@@ -239,9 +231,9 @@ class Engine:
             )
         if limited:
             if found.num_slots < num_slots:
-                on_fallback(_PINNING_LIMITED)
+                on_fallback(LIMITED)
             return self.ring
-        self._pin_or_settle(self.ring, segments, backend, on_fallback)
+        self._pinning.begin(self.ring, segments, backend, may_shrink=True, on_fallback=on_fallback)
         return self.ring
 
     def _own_ring(
@@ -270,7 +262,8 @@ class Engine:
                 hint=f"Set prefetch.host_memory to {self.budget.limit_bytes - left_bytes + slots.needed_bytes} bytes or"
                 " more, or strategy to stream",
             )
-        self._pin_or_settle(ring, segments, backend, on_fallback)
+        # It has no slot too many.
+        self._pinning.begin(ring, segments, backend, may_shrink=False, on_fallback=on_fallback)
         return ring
 
     def _check_room(self, blocks_bytes: int, backend: Backend, *, delivers: bool) -> None:
@@ -292,29 +285,12 @@ class Engine:
             num_slots = min(num_slots, max(1, room_bytes // self.ring.slot_bytes))
         return num_slots
 
-    def _pin_or_settle(
-        self, ring: Ring, segments: list[Segment], backend: Backend, on_fallback: Callable[[str], None]
-    ) -> None:
-        if backend.pinnable and self._pinning_refused:
-            on_fallback(_PINNING_REFUSED)
-        if not backend.pinnable:
-            for segment in segments:
-                segment.settled.set()
-            return
-        if not segments:
-            return
-        pinner = threading.Thread(
-            target=self._pin, args=(ring, segments, backend, on_fallback), name="weightstream-pin", daemon=True
-        )
-        self._pinners.append(pinner)
-        pinner.start()
-
     def make_room(self, num_bytes: int) -> None:
         """Let go of the ring, if no load uses it, until so much of the budget is left, as far as that is possible."""
         with self._lock:
             gone = [] if self._num_ring_users else self.ring.shrink(num_bytes)
         for segment in gone:
-            self._unpin_segment(segment)
+            self._pinning.unpin(segment)
 
     def leave_ring(self, ring: Ring) -> None:
         """Give back what `prepare_memory` returned: the load has ended. A ring of its own is freed."""
@@ -324,7 +300,7 @@ class Engine:
             return
         for segment in ring.close():
             segment.settled.wait()  # page-locking one segment may be under way; the others are left alone by now
-            self._unpin_segment(segment)
+            self._pinning.unpin(segment)
 
     @contextmanager
     def borrow(self, num_bytes: int) -> Generator[None, None, None]:
@@ -362,38 +338,10 @@ class Engine:
     def close(self) -> None:
         """End the threads and give the memory back. Every load must have ended."""
         self.readers.close(timeout_s=0.5)
-        for pinner in self._pinners:
-            pinner.join()
+        self._pinning.join()
         for segment in self.ring.close():  # page-locked memory must be unlocked while it is still mapped
-            self._unpin_segment(segment)
+            self._pinning.unpin(segment)
         self._backends.clear()
-
-    def _unpin_segment(self, segment: Segment) -> None:
-        unpin = self._unpin.pop(segment, None)
-        if unpin is not None:
-            unpin()
-
-    def _pin(self, ring: Ring, segments: list[Segment], backend: Backend, on_fallback: Callable[[str], None]) -> None:
-        for segment in segments:
-            try:
-                unpin = backend.pin(segment.memory) if segment.wanted and not self._pinning_refused else None
-            except Exception:  # noqa: BLE001 (the driver's ways of saying no; loads wait for `settled`)
-                unpin = None
-            if unpin is not None:
-                self._unpin[segment] = unpin
-                segment.pinned = True
-            elif segment.wanted:
-                self._pinning_refused = True
-                if ring is self.ring and self._is_enough_pinned(ring):  # a ring of its own has no slot too many
-                    ring.retire(segment)
-                    on_fallback(_PINNING_LIMITED)
-                else:
-                    on_fallback(_PINNING_REFUSED)
-            segment.settled.set()
-
-    @staticmethod
-    def _is_enough_pinned(ring: Ring) -> bool:
-        return ring.statistics().pinned_bytes >= _LEAST_PINNED_SLOTS * ring.slot_bytes
 
     @staticmethod
     def _check_fits(what: str, needed: int, available: int | None) -> None:

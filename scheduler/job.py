@@ -14,14 +14,12 @@ from __future__ import annotations
 import functools
 import os
 import traceback
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 
 import torch
 
-from weightstream.device.backend import Backend
-from weightstream.device.placement import Place
 from weightstream.device.stage import DeviceStage
 from weightstream.errors import LoadCancelledError, MemoryBudgetError, WeightstreamError
 from weightstream.prefetch.attempts import Attempts
@@ -29,7 +27,7 @@ from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.memory import Peak
 from weightstream.prefetch.source import Source
-from weightstream.ranks import find_ranks, ranked_logger
+from weightstream.ranks import ranked_logger
 from weightstream.scheduler.course import Filled
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.files import Files
@@ -40,7 +38,8 @@ from weightstream.scheduler.pipeline import Pipeline
 from weightstream.scheduler.plan import Chunk, LoadPlan
 from weightstream.scheduler.readiness import Readiness
 from weightstream.scheduler.report import LoadReport, Progress, State
-from weightstream.scheduler.sinks import Prepared, Sink
+from weightstream.scheduler.reporting import device_names, make_report
+from weightstream.scheduler.sinks import Sink
 from weightstream.scheduler.telemetry import Ended, Telemetry
 from weightstream.scheduler.timeline import Recorder
 
@@ -200,7 +199,7 @@ class Job:
                 self.fall_back(_NOT_ALL_ATOMIC)
             self._total_bytes = prepared.plan.total_bytes
             if self._ledger.recorder is not None:
-                device, names = _device_names(prepared.backends), [shard.path.name for shard in checkpoint.shards]
+                device, names = device_names(prepared.backends), [shard.path.name for shard in checkpoint.shards]
                 self._ledger.recorder.describe(str(checkpoint.path), device, names)
             pipeline = Pipeline.open(
                 engine,
@@ -233,7 +232,12 @@ class Job:
                 raise
             self._ledger.enter("other")
             pipeline.remember(checkpoint)
-            return self._report(checkpoint, prepared, pipeline, peak)
+            return make_report(
+                *(checkpoint, prepared, pipeline, self._ledger),
+                host_peak_bytes=peak.value,
+                num_retries=self._num_retries,
+                fallbacks=self._fallbacks,
+            )
 
     def _open(self, files: Files, config: PrefetchConfig) -> tuple[Checkpoint, Source]:
         """Open a checkpoint, and the source of its bytes. On the thread of `files`, which closes both."""
@@ -329,46 +333,6 @@ class Job:
     def _count_retry(self) -> None:
         self._num_retries += 1
 
-    def _report(self, checkpoint: Checkpoint, prepared: Prepared, pipeline: Pipeline, peak: Peak) -> LoadReport:
-        placement, backends, plan, decision = prepared
-        wall_s = self._ledger.wall_s
-        ranks = find_ranks()
-        own, computed = placement.loaded_themselves, placement.computed
-        if own:
-            self._fallbacks.append(f"{len(own)} modules were loaded through hooks of their own: {_some(own)}")
-        if computed:
-            self._fallbacks.append(f"left out, because the model computes it itself: {_some(computed)}")
-        if placement.ignored:
-            self._fallbacks.append(f"on one side alone, and ignored as the settings say: {_some(placement.ignored)}")
-        return LoadReport(
-            checkpoint=str(checkpoint.path),
-            strategy=decision.strategy,
-            reason=decision.reason,
-            device=_device_names(backends),
-            dtype=_dtypes(placement.places),
-            num_tensors=len(placement.places),
-            num_shards=len(checkpoint.shards),
-            num_bytes=plan.num_bytes,
-            wall_s=wall_s,
-            throughput_bytes_per_s=plan.num_bytes / wall_s if wall_s > 0 else 0.0,
-            phases=dict(self._ledger.phases),
-            overlap=self._ledger.overlap,
-            host_peak_bytes=peak.value,
-            pinned_bytes=pipeline.pinned_bytes,
-            device_peak_bytes=sum(blocks.device_peak_bytes for blocks in pipeline.blocks),
-            num_copies=pipeline.stage.num_copies,
-            num_retries=self._num_retries,
-            decisions=(*checkpoint.notes, *placement.decisions(len(checkpoint.tensors)), *pipeline.decisions()),
-            fallbacks=tuple(self._fallbacks),
-            missing_keys=tuple(placement.missing_keys),
-            unexpected_keys=tuple(placement.unexpected_keys),
-            unloaded_keys=tuple(placement.unloaded),
-            verified="none" if pipeline.verification is None else pipeline.verification.describe(),
-            hash_s=0.0 if pipeline.verification is None else pipeline.verification.hash_s,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-        )
-
 
 def _submit(filled: Filled, stage: DeviceStage, flow: Flow) -> None:
     filled.slot.segment.settled.wait()
@@ -396,18 +360,3 @@ def _completed(chunks: list[Chunk], parts: dict[int, int]) -> list[int]:
                 parts[edge] -= 1
         done += [place for place in range(first, stop) if not parts.get(place)] if parts else range(first, stop)
     return done
-
-
-def _device_names(backends: Sequence[Backend]) -> str:
-    return ", ".join("page-cache" if backend.device.type == "meta" else str(backend.device) for backend in backends)
-
-
-def _dtypes(places: list[Place]) -> str:
-    totals: dict[torch.dtype, int] = {}
-    for place in places:
-        totals[place.dtype] = totals.get(place.dtype, 0) + place.num_bytes
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(totals, key=lambda one: -totals[one]))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
