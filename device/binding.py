@@ -261,7 +261,7 @@ class Binder:
     def _load_subtree(self, subtree: Subtree) -> None:
         """Let a module load its part of the checkpoint itself, as `load_state_dict` of the whole model would."""
         name = f"{subtree.name or 'the model'} ({type(subtree.module).__qualname__})"
-        state = {place.name: _split(place, self._staged.pop(place.name)) for place in subtree.places}
+        state = self._state_for(subtree)
         whole = {(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in state.values() if not is_sharded(tensor)}
         assign = any(target.tensor.is_meta for target in subtree.targets)
         materialised = [target for target in subtree.targets if not target.tensor.is_meta]
@@ -289,6 +289,18 @@ class Binder:
         self._note_keys(subtree, name, keys.missing_keys, keys.unexpected_keys)
         self._placement.loaded_themselves.append(name)
 
+    def _state_for(self, subtree: Subtree) -> dict[str, torch.Tensor]:
+        """Return what a module is given, by its own names: a checkpoint may have a tied tensor under one or several."""
+        state: dict[str, torch.Tensor] = {}
+        given: dict[str, Place] = {}
+        for place in subtree.places:
+            name, loaded = subtree.own_name(place.name, place.target), self._staged.pop(place.name)
+            if name in state:
+                self._compare(given[name], state[name], loaded, place)
+                continue
+            state[name], given[name] = loaded, place
+        return {name: _split(given[name], loaded) for name, loaded in state.items()}
+
     def _note_keys(self, subtree: Subtree, name: str, missing: list[str], unexpected: list[str]) -> None:
         if missing:
             filled = self._filled_otherwise(subtree, set(missing))
@@ -298,11 +310,13 @@ class Binder:
     def _filled_otherwise(self, subtree: Subtree, missing: set[str]) -> set[str]:
         """Return which of the names that a module misses are those of tensors that were loaded under another name."""
         named = set(self._placement.names)
+        waiting = set(map(id, self._waiting))
         filled: set[str] = set()
-        for target in subtree.targets:
+        for target in (*subtree.targets, *subtree.tied):
             names = target.names
             own = [name for name in names if name.startswith(subtree.prefix)]
-            if not target.tensor.is_meta and (named.intersection(names) or set(own) - missing):
+            has_values = not target.tensor.is_meta or id(target.tensor) in waiting
+            if has_values and (named.intersection(names) or set(own) - missing):
                 filled.update(names)
         return filled
 

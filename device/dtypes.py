@@ -53,9 +53,17 @@ def unsupported(name: str, tensor: str) -> UnsupportedFormatError:
     )
 
 
-def torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape in torch: F4 is packed there, two elements to one, along the last dimension."""
+def torch_shape(name: str, shape: tuple[int, ...], *, tensor: str | None = None) -> tuple[int, ...]:
+    """Return the shape in torch: F4 is packed there, two elements to one, along the last dimension.
+
+    Raises:
+        UnsupportedFormatError: that dimension is odd, so some byte would belong to two rows. `tensor`: who has it.
+    """
     if name == "F4" and shape:
+        if shape[-1] % 2:
+            raise UnsupportedFormatError(
+                "torch has F4 in pairs along the last dimension, and this one is odd", tensor=tensor, actual=str(shape)
+            )
         return (*shape[:-1], shape[-1] // 2)
     return shape
 

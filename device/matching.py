@@ -33,7 +33,7 @@ def deliver(stored: Mapping[str, Stored], config: DeviceConfig, device: torch.de
     """Decide for a load without a model: every tensor is staged, for a consumer, who gets it by the name given here.
 
     Raises:
-        UnsupportedFormatError: torch lacks a dtype.
+        UnsupportedFormatError: torch lacks a dtype, or cannot have it in this shape.
     """
     placement = Placement((device,), stored, config)
     for position, (name, spec) in enumerate(stored.items()):
@@ -41,7 +41,7 @@ def deliver(stored: Mapping[str, Stored], config: DeviceConfig, device: torch.de
         wanted = dtype
         if config.dtype not in ("model", "checkpoint") and dtype in CASTABLE:
             wanted = getattr(torch, config.dtype)
-        shape = torch_shape(spec.dtype, spec.shape)
+        shape = torch_shape(spec.dtype, spec.shape, tensor=name)
         placement.places.append(Place(name, spec.num_bytes, dtype, wanted, shape, "stage", position, None, spec.stride))
     return placement
 
@@ -65,7 +65,7 @@ def match(  # noqa: C901, PLR0912 (one loop over all tensors)
         ShapeMismatchError, DtypeMismatchError: for the first tensor that does not fit.
         PlacementError: a tensor of a kind that cannot be loaded, a buffer on meta that is in no checkpoint, or
             parameters on several devices or on another than the target, or a map that does not fit the model.
-        UnsupportedFormatError: torch lacks a dtype.
+        UnsupportedFormatError: torch lacks a dtype, or cannot have it in this shape.
     """
     devices = default if isinstance(default, DeviceMap) else None
     placement = Placement((), stored, config)
@@ -201,7 +201,8 @@ def _place_specially(
     place = _subtree_place(name, spec, target, subtree, config, device)
     subtree.places.append(place)
     placement.places.append(place)
-    placement.names.append(name)
+    if target is None:
+        placement.names.append(name)
     return True
 
 
@@ -254,7 +255,7 @@ def _place(name: str, spec: Stored, target: Target, config: DeviceConfig, device
     if dtype is None:
         raise unsupported(spec.dtype, name)
     if spec.dtype == "F4":
-        shape = torch_shape(spec.dtype, shape)
+        shape = torch_shape(spec.dtype, shape, tensor=name)
     if kind not in _PLAIN:
         _check_kind(tensor, name)
     if tensor.shape != shape:
@@ -301,7 +302,7 @@ def _subtree_place(
     name: str, spec: Stored, target: Target | None, subtree: Subtree, config: DeviceConfig, device: int
 ) -> Place:
     dtype = _stored_dtype(spec, name)
-    shape = torch_shape(spec.dtype, spec.shape)
+    shape = torch_shape(spec.dtype, spec.shape, tensor=name)
     wanted = dtype
     if target is not None:
         if is_sharded(target.tensor):

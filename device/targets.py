@@ -63,7 +63,13 @@ class Target(msgspec.Struct, gc=False):
 
 
 class Subtree:
-    """A module that loads itself: through hooks, an overridden `_load_from_state_dict`, or extra state."""
+    """A module that loads itself: through hooks, an overridden `_load_from_state_dict`, or extra state.
+
+    Attributes:
+        targets: its tensors, except for those that were found elsewhere first.
+        tied: those, which others load.
+        places: what it is given.
+    """
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
@@ -71,7 +77,14 @@ class Subtree:
         self.module = module
         self.keeps_shapes = keeps_shapes(module)
         self.targets: list[Target] = []
+        self.tied: list[Target] = []
         self.places: list[Place] = []
+
+    def own_name(self, name: str, target: Target | None) -> str:
+        """Return the name by which the module knows a tensor, which may be tied to one elsewhere."""
+        if target is None or name.startswith(self.prefix):
+            return name
+        return next((own for own in target.names if own.startswith(self.prefix)), name)
 
 
 class Targets:
@@ -99,6 +112,7 @@ def find_targets(model: nn.Module) -> Targets:  # noqa: C901, PLR0912 (one loop,
     by_name, by_id = found.by_name, dict[int, Target]()
     note_prefix = found.prefixes.append
     loads_itself: dict[type[nn.Module], bool] = {}
+    inside: set[int] = set()  # modules that subtrees load, which may be registered twice
     stack: list[tuple[str, nn.Module, Subtree | None]] = [("", model, None)]
     pop, push = stack.pop, stack.append
     while stack:
@@ -115,9 +129,11 @@ def find_targets(model: nn.Module) -> Targets:  # noqa: C901, PLR0912 (one loop,
                 or state["_load_state_dict_pre_hooks"]
                 or state["_load_state_dict_post_hooks"]
                 or "_load_from_state_dict" in state
-            ):
+            ) and id(module) not in inside:
                 subtree = Subtree(prefix[:-1], module)
                 found.subtrees.append(subtree)
+        if subtree is not None:
+            inside.add(id(module))
         parameters, buffers = state["_parameters"], state["_buffers"]
         for tensors in (parameters, buffers) if buffers else (parameters,):
             is_parameter = tensors is parameters
@@ -139,6 +155,8 @@ def find_targets(model: nn.Module) -> Targets:  # noqa: C901, PLR0912 (one loop,
                         subtree.targets.append(target)
                 else:
                     target.ties = (*target.ties, Site(name, module, key, is_parameter))
+                    if subtree is not None and target.subtree is not subtree:
+                        subtree.tied.append(target)
                 by_name[name] = target
         modules = state["_modules"]
         if modules:

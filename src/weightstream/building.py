@@ -88,14 +88,14 @@ def model_for(specs: Iterable[TensorSpec]) -> nn.Module:
 
     Raises:
         PlacementError: one module would need a tensor and a module, or something of its own, under the same name.
-        UnsupportedFormatError: this version of torch lacks one of the dtypes.
+        UnsupportedFormatError: torch lacks one of the dtypes, or cannot have it in such a shape.
     """
     modules = {"": nn.Module()}
     for spec in specs:
         dtype = torch_dtype(spec.dtype)
         if dtype is None:
             raise unsupported(spec.dtype, spec.name)
-        tensor = torch.empty(torch_shape(spec.dtype, spec.shape), dtype=dtype, device="meta")
+        tensor = torch.empty(torch_shape(spec.dtype, spec.shape, tensor=spec.name), dtype=dtype, device="meta")
         parent, _, name = spec.name.rpartition(".")
         try:
             _module_at(modules, parent).register_parameter(name, nn.Parameter(tensor, requires_grad=False))

@@ -223,6 +223,62 @@ class TestModulesThatLoadThemselves:
             await load(rig, tmp_path, model, tensors)
         assert rig.disk.num_begun == 0
 
+    class Head(nn.Linear):
+        """Loads itself, and is tied to an embedding."""
+
+        def _load_from_state_dict(self, *arguments: Any) -> None:
+            super()._load_from_state_dict(*arguments)
+
+    def tied(self, where: str, *, head_first: bool) -> nn.ModuleDict:
+        embedding, head = nn.Embedding(4, 4, device=where), self.Head(4, 4, bias=False, device=where)
+        embedding.weight = head.weight
+        parts = {"embedding": embedding, "head": head}
+        return nn.ModuleDict({name: parts[name] for name in sorted(parts, reverse=head_first)})
+
+    @pytest.mark.parametrize("head_first", [True, False], ids=["head first", "head last"])
+    @pytest.mark.parametrize("names", [["embedding"], ["head"], ["embedding", "head"]], ids="+".join)
+    @pytest.mark.parametrize("commit", ["progressive", "atomic"])
+    async def test_tied_to_a_module_that_does_not(
+        self,
+        rig: Rig,
+        tmp_path: Path,
+        where: str,
+        head_first: bool,  # noqa: FBT001
+        names: list[str],
+        commit: str,
+    ) -> None:
+        model = self.tied(where, head_first=head_first)
+        weight = torch.randn(4, 4)
+        report = await load(rig, tmp_path, model, {f"{name}.weight": weight for name in names}, commit=commit)
+        ((_, loaded),) = model.named_parameters()  # one: they are still tied
+        assert_same(loaded, weight)
+        assert report.missing_keys == ()
+
+    @pytest.mark.parametrize("head_first", [True, False], ids=["head first", "head last"])
+    async def test_tied_to_other_values(self, rig: Rig, tmp_path: Path, where: str, head_first: bool) -> None:  # noqa: FBT001
+        tensors = {"embedding.weight": torch.zeros(4, 4), "head.weight": torch.ones(4, 4)}
+        with pytest.raises(PlacementError, match="other values"):
+            await load(rig, tmp_path, self.tied(where, head_first=head_first), tensors)
+
+    @pytest.mark.parametrize("names", [["one"], ["other"], ["one", "other"]], ids="+".join)
+    async def test_registered_twice(self, rig: Rig, tmp_path: Path, where: str, names: list[str]) -> None:
+        norm = nn.BatchNorm1d(4, device=where)
+        model = nn.ModuleDict({"one": norm, "other": norm})
+        stored = tensors_of(nn.BatchNorm1d(4))
+        report = await load(
+            rig, tmp_path, model, {f"{name}.{key}": tensor for name in names for key, tensor in stored.items()}
+        )
+        assert_loaded(norm, stored)
+        assert report.missing_keys == ()
+
+    async def test_each_tensor_counts_once(self, rig: Rig, tmp_path: Path, where: str) -> None:
+        model = nn.Sequential(nn.Linear(4, 4, device=where), nn.BatchNorm1d(4, device=where))
+        path = write_in_order(tmp_path / "checkpoint", tensors_of(model))
+        async with rig.loader(num_slots=4) as loader:
+            handle = await loader.start(model, path)
+            report = await handle.wait()
+            assert handle.progress.total_tensors == handle.progress.tensors_ready == report.num_tensors == 7
+
     class Fused(nn.Module):
         """Takes `query` and `key` and keeps them as one, as attention modules do."""
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.builders import FORMAT_NAMES, assert_same, write_in_order
+import weightstream as ws
+from tests.builders import FORMAT_NAMES, assert_same, entry, raw_file, write_in_order
 from tests.fakes.accelerator import FakeAccelerator
 from tests.fakes.rig import Rig
 from weightstream.device.backend import Spread
@@ -221,6 +222,14 @@ def test_four_bit_floats_are_packed_along_the_last_dimension() -> None:
     assert torch_shape("F4", (3, 8)) == (3, 4)
     assert torch_shape("F4", ()) == ()
     assert torch_shape("BF16", (3, 8)) == (3, 8)
+
+
+def test_four_bit_floats_that_share_a_byte_with_another_row_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw_file({"odd": entry("F4", [2, 3], 0, 3)}, b"abc"))
+    with pytest.raises(UnsupportedFormatError, match="odd") as caught:
+        list(ws.iter_tensors(path, ws.LoaderConfig(device={"target": "cpu"})))  # type: ignore[arg-type]
+    assert (caught.value.tensor, caught.value.file) == ("odd", str(path))
 
 
 async def test_dtype_that_torch_lacks_is_named(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
