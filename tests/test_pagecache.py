@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.builders import leaves_nothing, obeying_modes
-from weightstream.pagecache import drop, resident_share
+from weightstream.pagecache import ResidencyUnknownError, drop, resident_share
 
 
 @pytest.fixture(name="files")
@@ -48,5 +48,5 @@ def test_kernel_that_does_not_tell_is_an_error(files: list[Path]) -> None:
     for file in files:
         os.chown(file, 12345, 12345)
         file.chmod(0o444)
-    with leaves_nothing(), obeying_modes(), pytest.raises(PermissionError, match="does not tell"):
+    with leaves_nothing(), obeying_modes(), pytest.raises(ResidencyUnknownError, match="does not tell"):
         resident_share(files)

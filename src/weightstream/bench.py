@@ -20,6 +20,7 @@ from weightstream.config import LoaderConfig
 from weightstream.display import Display, format_bytes
 from weightstream.errors import MemoryBudgetError
 from weightstream.outputs import Kind, Sample
+from weightstream.prefetch.attempts import sleeping
 from weightstream.prefetch.checkpoint import open_checkpoint
 from weightstream.prefetch.memory import available_bytes
 from weightstream.samples import (
@@ -122,6 +123,7 @@ def _examine(config: LoaderConfig, *, num_runs: int, is_cold: bool) -> Subject:
         config.checkpoint,
         variant=config.prefetch.variant,
         allow_outside_links=config.prefetch.allow_outside_links,
+        attempts=sleeping(config.prefetch.retries),
     ) as checkpoint:
         paths = tuple(shard.path for shard in checkpoint.shards)
         specs = tuple(checkpoint.tensors.values())

@@ -12,7 +12,11 @@ from pathlib import Path
 
 from weightstream.prefetch.residency import resident_shares
 
-__all__ = ["drop", "resident_share"]
+__all__ = ["ResidencyUnknownError", "drop", "resident_share"]
+
+
+class ResidencyUnknownError(PermissionError):
+    """Raised when the kernel does not tell this user what of a file is in the page cache."""
 
 
 def drop(paths: Sequence[Path]) -> None:
@@ -36,7 +40,8 @@ def resident_share(paths: Sequence[Path]) -> float:
     """Return which share of some files' bytes is in the page cache, from 0.0 to 1.0; every page is looked at.
 
     Raises:
-        OSError: a file cannot be opened, or the kernel does not tell (they are somebody else's).
+        ResidencyUnknownError: the kernel does not tell: they are somebody else's.
+        OSError: a file cannot be opened.
     """
     num_bytes = 0
     num_resident = 0.0
@@ -45,7 +50,9 @@ def resident_share(paths: Sequence[Path]) -> float:
             size = os.fstat(file.fileno()).st_size
             (share,) = resident_shares(file.fileno(), size, [(0, size)], num_samples=None) if size else [0.0]
         if share is None:
-            raise OSError(errno.EPERM, "the kernel does not tell what of this file is in the page cache", str(path))
+            raise ResidencyUnknownError(
+                errno.EPERM, "the kernel does not tell what of this file is in the page cache", str(path)
+            )
         num_bytes += size
         num_resident += share * size
     return num_resident / num_bytes if num_bytes else 0.0

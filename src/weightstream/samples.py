@@ -16,6 +16,7 @@ from weightstream import pagecache
 from weightstream.config import LoaderConfig
 from weightstream.drawing import save_timeline
 from weightstream.outputs import Sample
+from weightstream.prefetch.attempts import sleeping
 from weightstream.prefetch.memory import PAGE_BYTES, allocate, usable_cores
 from weightstream.warm import in_thread
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from weightstream.ceilings import ReadCeiling
     from weightstream.prefetch.header import TensorSpec
     from weightstream.scheduler.timeline import Recorder
 
@@ -85,11 +87,14 @@ def touch(num_bytes: int) -> None:
 
 def fill_page_cache(subject: Subject, notes: list[str]) -> None:
     """Read the files into the page cache, and note where it does not keep them."""
-    from weightstream.ceilings import read_ceiling  # noqa: PLC0415
-
-    read_ceiling(subject.paths, num_threads=subject.thread_counts[-1], direct=False)
-    share = pagecache.resident_share(subject.paths)
-    if share < _WARM_SHARE:
+    _read_all(subject, num_threads=subject.thread_counts[-1], direct=False)
+    share = _resident_share(subject)
+    if share is None:
+        notes.append(
+            "whether the page cache kept the files is unknown, since they are somebody else's: rows that say cached may"
+            " be partly from the disk"
+        )
+    elif share < _WARM_SHARE:
         notes.append(
             f"the page cache kept only {share:.0%} of the files: rows that say cached are partly from the disk"
         )
@@ -98,21 +103,44 @@ def fill_page_cache(subject: Subject, notes: list[str]) -> None:
 def empty_page_cache(subject: Subject, notes: list[str]) -> bool:
     """Drop the files from the page cache; return whether they are gone."""
     pagecache.drop(subject.paths)
-    share = pagecache.resident_share(subject.paths)
-    if share > _COLD_SHARE:
+    share = _resident_share(subject)
+    if share is None:
         notes.append(
-            f"cold reads were not measured: {share:.0%} of the files stayed in the page cache (others use them), or"
-            " this user may not see whether they did (only their owner may)"
+            "cold reads were not measured: whether the files left the page cache is unknown, since they are somebody else's"
         )
-    return share <= _COLD_SHARE
+    elif share > _COLD_SHARE:
+        notes.append(
+            f"cold reads were not measured: {share:.0%} of the files stayed in the page cache (others use them)"
+        )
+    return share is not None and share <= _COLD_SHARE
+
+
+def _resident_share(subject: Subject) -> float | None:
+    """Return how much of the files is in the page cache; None: the kernel does not tell this user."""
+    try:
+        return pagecache.resident_share(subject.paths)
+    except pagecache.ResidencyUnknownError:
+        return None
+
+
+def _read_all(subject: Subject, *, num_threads: int, direct: bool) -> ReadCeiling:
+    """Read all files raw; anew from the beginning, as often as a load would try, where that fails for a moment."""
+    from weightstream.ceilings import read_ceiling  # noqa: PLC0415
+
+    attempts, number = sleeping(subject.config.prefetch.retries), 0
+    while True:
+        try:
+            return read_ceiling(subject.paths, num_threads=num_threads, direct=direct)
+        except OSError as error:
+            if not attempts.once_more(error, number, subject.checkpoint):
+                raise
+            number += 1
 
 
 async def sample_read(subject: Subject, num_threads: int, *, direct: bool) -> Sample:
     """Measure a raw read of all files with so many threads, through the page cache or past it."""
-    from weightstream.ceilings import read_ceiling  # noqa: PLC0415
-
     gauge = _Gauge()
-    found = await in_thread(functools.partial(read_ceiling, subject.paths, num_threads=num_threads, direct=direct))
+    found = await in_thread(functools.partial(_read_all, subject, num_threads=num_threads, direct=direct))
     return Sample(found.num_bytes, found.wall_s, gauge.cpu_s, gauge.peak_bytes)
 
 

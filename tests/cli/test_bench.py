@@ -16,6 +16,8 @@ from torch import nn
 from tests.builders import INDEX, random_tensors, write_checkpoint
 from tests.cli.conftest import Run, Start
 from tests.contract import BENCH_KEYS, REPORT_KEYS
+from tests.fakes.filesystem import Behaviour, Fault, mounted
+from tests.fakes.fixtures import requires_fuse
 from weightstream import bench, ceilings, pagecache, samples
 from weightstream.building import model_for
 from weightstream.ceilings import ReadCeiling
@@ -132,6 +134,44 @@ def test_page_cache_that_keeps_nothing_is_said(
     monkeypatch.setattr(pagecache, "resident_share", lambda _: 0.25)
     result = weightstream("bench", checkpoint, "--runs", "1")
     assert "  note          the page cache kept only 25% of the files" in result.out
+
+
+@pytest.mark.usefixtures("_direct")
+def test_files_of_somebody_else_are_measured_though_the_kernel_does_not_tell_what_is_cached(
+    weightstream: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pagecache, "resident_shares", lambda *_, **__: [None])
+    found = json.loads(weightstream("bench", checkpoint, "--cold", "--runs", "2", "--json").out)
+    assert [row["name"] for row in found["rows"]] == [*READS, "weightstream, cached"]
+    filled, emptied = found["notes"]
+    assert filled.startswith("whether the page cache kept the files is unknown")
+    assert emptied.startswith("cold reads were not measured: whether the files left the page cache is unknown")
+
+
+@requires_fuse
+def test_what_fails_for_a_moment_is_tried_again(weightstream: Run, checkpoint: Path) -> None:
+    (first, *_) = sorted(checkpoint.glob("*.safetensors"))
+    fault = Fault(first.name, "error", offset=0, times=1)
+    with mounted(checkpoint, Behaviour(faults=(fault,), is_cached=False)) as mount:
+        assert weightstream("bench", mount.path, "--runs", "1", "--json").code == 0
+        assert mount.statistics().num_faults == (1,)  # while it was opened
+
+
+@pytest.mark.usefixtures("_direct")
+def test_raw_read_that_fails_for_a_moment_is_measured_anew(
+    weightstream: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error")]
+    real = ceilings.read_ceiling
+
+    def read(*rest: Any, **named: Any) -> ReadCeiling:
+        if errors:
+            raise errors.pop()
+        return real(*rest, **named)
+
+    monkeypatch.setattr(ceilings, "read_ceiling", read)
+    assert weightstream("bench", checkpoint, "--runs", "1").code == 0
+    assert not errors
 
 
 def test_file_system_without_direct_reads_is_said(
