@@ -81,7 +81,7 @@ class PrefetchConfig(BaseModel):
     stall_s: Annotated[float, Field(gt=0, le=366 * 24 * 3600, allow_inf_nan=False)] | None = Field(
         default=300.0,
         description="Seconds after which a read, or an attempt to open a file, that has not returned is given up and the "
-        "load fails with LoadTimeoutError. Its slot is lost to this Loader, which goes on working. null: never.",
+        "load fails with LoadTimeoutError. Its slot is lost until it returns; the Loader goes on working. null: never.",
     )
     variant: Annotated[str, Field(pattern=r"^\w+$")] | None = Field(
         default=None,

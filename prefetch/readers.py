@@ -60,6 +60,9 @@ class ReaderPool:
         self._turn = 0
         self._closed = False
         self._threads: list[Thread] = []
+        self._num_started = 0
+        #: Threads that are too many, because one came back that had been replaced.
+        self._num_surplus = 0
         for _ in range(num_workers):
             self._add_thread()
 
@@ -88,10 +91,16 @@ class ReaderPool:
             self._condition.notify_all()
 
     def replace_stuck(self, num_threads: int) -> None:
-        """Start threads in place of ones that hang in the kernel. Should those return, they are readers again, too."""
+        """Start threads in place of ones that hang in the kernel. Should one return, see `come_back`."""
         with self._condition:
             for _ in range(num_threads):
                 self._add_thread()
+
+    def come_back(self) -> None:
+        """Say, on its thread, that a read has returned which was, or is about to be, replaced: one thread is too many."""
+        with self._condition:
+            self._num_surplus += 1
+            self._condition.notify_all()
 
     def close(self, timeout_s: float) -> None:
         """End all threads that are not stuck, and wait for them at most `timeout_s` seconds in all."""
@@ -104,17 +113,20 @@ class ReaderPool:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _add_thread(self) -> None:
-        self._threads.append(self._spawn(self._run, f"weightstream-reader-{len(self._threads)}"))
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        self._threads.append(self._spawn(self._run, f"weightstream-reader-{self._num_started}"))
+        self._num_started += 1
 
     def _run(self) -> None:
         while True:
             with self._condition:
-                read = self._take()
-                while read is None:
+                while (read := None if self._num_surplus else self._take()) is None:
                     if self._closed:
                         return
+                    if self._num_surplus:
+                        self._num_surplus -= 1
+                        return
                     self._condition.wait()
-                    read = self._take()
             read()
             del read  # it holds buffers that must not outlive the load
 

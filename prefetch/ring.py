@@ -1,8 +1,10 @@
 """The ring: the host buffers that chunks are read into before they are copied to a device.
 
 Owns the memory and knows who holds which slot. A slot is free, or held by exactly one: the reader that fills it, then
-the device stage that copies from it. It comes back only through `release`, or never (`write_off`). The ring is grown
-segment by segment, is kept from load to load, and is shared by all loads of one `Loader`.
+the device stage that copies from it. It comes back only through `release`. One that somebody may still write to, nobody
+knows how long, is written off (`write_off`): it is not handed out, until whoever may write to it says that this is over
+(`recover`), or for ever. The ring is grown segment by segment, is kept from load to load, and is shared by all loads of
+one `Loader`.
 """
 
 from __future__ import annotations
@@ -55,11 +57,12 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class RingStatistics:
-    """A snapshot: numbers of slots, and bytes."""
+    """A snapshot: numbers of slots, and bytes. `num_recovered`: how often one came back that had been written off."""
 
     num_slots: int
     num_free: int
     num_written_off: int
+    num_recovered: int
     num_bytes: int
     pinned_bytes: int
 
@@ -86,6 +89,7 @@ class Ring:
         self._free: list[Slot] = []
         self._num_slots = 0
         self._num_written_off = 0
+        self._num_recovered = 0
         self._is_closed = False
 
     def grow(self, num_slots: int, *, numa_node: int | None = None) -> list[Segment]:
@@ -121,6 +125,8 @@ class Ring:
     def release(self, slot: Slot) -> None:
         """Give a slot back. Only its holder may, and only when nothing reads or writes its memory any more."""
         with self._lock:
+            if self._is_closed:
+                return
             if slot.segment.is_retired:
                 self._forget(slot.segment, 1)
             else:
@@ -128,20 +134,23 @@ class Ring:
         self._on_free()
 
     def write_off(self, slot: Slot) -> None:
-        """Give up a slot whose memory somebody may still write to. It is never handed out again."""
+        """Give up a slot whose memory somebody may still write to. It is not handed out before `recover`."""
         with self._lock:
             self._num_written_off += 1
             slot.segment.num_lost += 1
 
-    def settle(self, slot: Slot) -> None:
-        """Note that nobody writes any more to a slot that was written off, or is about to be.
+    def recover(self, slot: Slot) -> None:
+        """Give back a slot that was written off. Only who may have written to it may, when he has stopped.
 
-        It stays lost to the ring. If that has been closed, it was all that kept its segment's memory.
+        It is a slot like others again. If the ring has been closed, it was all that kept its segment's memory.
         """
         with self._lock:
             slot.segment.num_lost -= 1
+            self._num_written_off -= 1
+            self._num_recovered += 1
             if self._is_closed and not slot.segment.num_lost:
                 self._give_back(slot.segment)
+        self.release(slot)  # until then it is held, as ever, by who gives it back
 
     def retire(self, segment: Segment) -> None:
         """Hand out no slot of a segment any more. What is held of it comes back as ever; then its memory goes."""
@@ -185,6 +194,7 @@ class Ring:
                 num_slots=self._num_slots,
                 num_free=len(self._free),
                 num_written_off=self._num_written_off,
+                num_recovered=self._num_recovered,
                 num_bytes=sum(segment.num_bytes for segment in self._segments),
                 pinned_bytes=sum(segment.num_bytes for segment in self._segments if segment.pinned),
             )
@@ -192,7 +202,7 @@ class Ring:
     def close(self) -> list[Segment]:
         """Forget all slots and return the segments, for unpinning. Their memory goes with the last reference.
 
-        Those with slots that were written off are held by whoever may still write to them, and count until `settle`.
+        Those with slots that were written off are held by whoever may still write to them, and count until `recover`.
         """
         with self._lock:
             segments, self._segments, self._free = self._segments, [], []

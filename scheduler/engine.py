@@ -11,7 +11,8 @@ import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from types import TracebackType
+from typing import Literal, Protocol, Self
 
 import torch
 
@@ -28,11 +29,13 @@ from weightstream.prefetch.readers import ReaderPool
 from weightstream.prefetch.ring import Ring, slot_bytes_for
 from weightstream.prefetch.source import FileSource, Source
 from weightstream.prefetch.tuner import Setting
+from weightstream.ranks import ranked_logger
 from weightstream.scheduler.clock import Clock, SystemClock
 from weightstream.scheduler.config import Settings
 from weightstream.scheduler.pinning import LIMITED, Pinning
 from weightstream.scheduler.plan import LoadPlan
 from weightstream.scheduler.slots import DIRECT_SLOTS, OwnSlots, slots_of_own
+from weightstream.scheduler.stragglers import Stragglers
 from weightstream.scheduler.strategy import ChosenStrategy
 
 __all__ = ["Engine", "Machine", "OpenSource"]
@@ -83,6 +86,13 @@ class Machine:
 #: Eighths of the memory that is to be had which staging may take: the rest is for everybody else. Not measured.
 _SHARE_OF_AVAILABLE = 7
 
+#: How long a Loader that is closed waits for reads that were given up, and for threads that have nothing to do any more.
+#: Not measured: ordinary reads take milliseconds, on a machine that does a hundred other things seconds.
+_CLOSE_GRACE_S = 5.0
+_END_GRACE_S = 0.5
+
+logger = ranked_logger(__name__)
+
 
 class Engine:
     """Owns threads and memory for as long as it is open; many loads, one budget.
@@ -116,6 +126,7 @@ class Engine:
         workers = config.prefetch.workers
         #: How many reads of a load go on at a time in the beginning.
         self.num_workers = min(8, max(2, usable_cores())) if workers == "auto" else workers
+        self.stragglers = Stragglers(self.clock)
         self.readers = ReaderPool(self.num_workers, self.clock.condition(), self.clock.spawn)
         slot_bytes = slot_bytes_for(config.prefetch.chunk)
         self.ring = self.machine.ring(slot_bytes, self.budget, self.account, self.readers.wake)
@@ -226,7 +237,7 @@ class Engine:
             self._num_ring_users += 1
         if found.num_written_off and found.num_slots - found.num_written_off < num_slots:
             on_fallback(
-                f"{found.num_written_off} of {found.num_slots} slots are lost to reads that have not returned, so fewer"
+                f"{found.num_written_off} of {found.num_slots} slots are lost to reads that have not returned yet, so fewer"
                 " reads go on at a time"
             )
         if limited:
@@ -335,9 +346,34 @@ class Engine:
             self._prefaults.append(work)
         self.readers.attach(work)
 
-    def close(self) -> None:
-        """End the threads and give the memory back. Every load must have ended."""
-        self.readers.close(timeout_s=0.5)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(ended_by=kind)
+
+    def close(self, *, ended_by: type[BaseException] | None = None) -> None:
+        """End the threads and give the memory back. Every load must have ended.
+
+        Reads that were given up are waited for a while, because most of them are slow and not stuck, except where
+        the program is interrupted: what ends it with KeyboardInterrupt, a cancellation or the like is in haste. Those
+        that have not returned then keep their thread, their files and their memory until they do.
+
+        Args:
+            ended_by: the exception that leaves the context; None: there is none.
+        """
+        if ended_by is not None and not issubclass(ended_by, Exception):
+            self.stragglers.hurry()
+        num_stuck = self.stragglers.wait(_CLOSE_GRACE_S)
+        if num_stuck:
+            logger.warning(
+                "closed, but reads or files of %d loads have not come back from the file system: until they do, they keep"
+                " their threads, descriptors and memory",
+                num_stuck,
+            )
+        self.readers.close(timeout_s=_END_GRACE_S)
         self._pinning.join()
         for segment in self.ring.close():  # page-locked memory must be unlocked while it is still mapped
             self._pinning.unpin(segment)

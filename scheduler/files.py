@@ -14,6 +14,7 @@ from typing import TypeVar, cast
 
 from weightstream.errors import LoadTimeoutError
 from weightstream.scheduler.clock import Clock
+from weightstream.scheduler.stragglers import Stragglers
 
 __all__ = ["GRACE_S", "Files"]
 
@@ -29,6 +30,7 @@ class Files:
 
     Args:
         clock: time and threads.
+        stragglers: where it is entered for as long as it is not closed although the load has ended.
         stall_s: how long one attempt at one file may take; None: for ever.
         timeout_s: how long the load may take, for the message, and `deadline`, the moment on the clock that ends it.
 
@@ -36,9 +38,18 @@ class Files:
         opened: what the thread closes in the end; filled by what is called.
     """
 
-    def __init__(self, clock: Clock, *, stall_s: float | None, timeout_s: float | None, deadline: float | None) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        stragglers: Stragglers,
+        *,
+        stall_s: float | None,
+        timeout_s: float | None,
+        deadline: float | None,
+    ) -> None:
         self.opened = ExitStack()
         self._clock = clock
+        self._stragglers = stragglers
         self._stall_s = stall_s
         self._timeout_s = timeout_s
         self._deadline = deadline
@@ -116,8 +127,10 @@ class Files:
             while not self._is_closed and not self._is_left_behind and not self._num_readers:
                 left_s = until - self._clock.now()
                 if left_s <= 0:
-                    return
+                    break
                 self._condition.wait(left_s)
+            if not self._is_closed:
+                self._stragglers.add(self)
 
     def _may_go_on(self) -> bool:
         return self._stop is None and not self._is_left_behind
@@ -163,6 +176,7 @@ class Files:
             self._result = self._error = None
             self._is_closed = True
             self._condition.notify_all()
+        self._stragglers.discard(self)
 
     def _next(self) -> Callable[[], object] | None:
         """Wait for something to do; None: for everything to be closed."""

@@ -31,10 +31,9 @@ class Read(NamedTuple):
 
 
 class GivenUp(NamedTuple):
-    """What `Filling.give_up` found: how many reads are stuck, the slots that they may write to, and those left over."""
+    """What `Filling.give_up` found: how many reads are stuck, and the slots that no read writes to."""
 
     num_reads: int
-    stuck: list[Slot]
     unused: list[Slot]
 
 
@@ -77,6 +76,18 @@ class Filling:
         self._next = 0
         self._next_part_of: Fill | None = None
         self._on_return: Callable[[], None] = lambda: None
+        self._waits_since_s: float | None = None
+
+    @property
+    def starved_since_s(self) -> float | None:
+        """Since when a chunk has waited for a slot although every slot there is has been written off; None: it has not.
+
+        Another load may have lost them. While one of them is only held, by whomever, this one is not starved.
+        """
+        if self._waits_since_s is None:
+            return None
+        found = self._ring.statistics()
+        return self._waits_since_s if found.num_written_off == found.num_slots else None
 
     @property
     def is_over(self) -> bool:
@@ -104,13 +115,36 @@ class Filling:
         return lambda: self._read(read, fill, part, number)
 
     def give_up(self, on_return: Callable[[], None]) -> GivenUp:
-        """Wait for no read any more; `on_return` is called, on its thread, for each that returns after all."""
+        """Wait for no read any more; `on_return` is called, on its thread, for each that returns after all.
+
+        What a read that is given up may still write to is its own from here on: its slot is written off, and its blocks
+        live as long as the views that it holds. Once it has returned it writes no more, because it is synchronous, and
+        its thread, the only one that knows this, gives the slot back (`_come_back`). Why that is safe at any moment:
+
+        - *It returns while the load is drained.* The lock decides. Before this method it is an ordinary read; after it
+          the slot has been written off already, under the same lock, so it cannot come back before that. (The ring's
+          lock is taken after this one, here and in `take`; only `release`, which wakes readers, must not be.)
+        - *Other parts of its chunk are still stuck.* The slot goes back with the last of them.
+        - *The ring is closed, or its segment retired, before it returns.* The views keep the mapping; page-locking may
+          be undone under a read, which then writes to ordinary memory. `Ring.recover` takes the segment off the
+          accounts, and hands nothing out.
+        - *A new load is counting slots.* It sees this one written off, or held, or free. If it made others instead, the
+          ring has one more than it needs, within its budget. If it waits for one, giving it back wakes its readers.
+        - *The process is forked.* The child has the memory and not the thread: there, the slot stays written off.
+        - *It was read into a block of an adopted parameter.* No slot is involved. The parameter is on meta again, the
+          block is nobody's but the read's, and is unmapped with the last view of it.
+        - *It was read past the page cache, on its way to a block.* It may still copy there: see the line above.
+        """
         self._on_return = on_return
-        found = GivenUp(len(self.reads), [], [])
+        found = GivenUp(len(self.reads), [])
         for fill in self._course.fills.values():  # a chunk of which no part is being read has its slot to give back
             fill.given_up = fill.num_reading > 0
-            if fill.slot is not None:
-                (found.stuck if fill.given_up else found.unused).append(fill.slot)
+            if fill.slot is None:
+                continue
+            if fill.given_up:
+                self._ring.write_off(fill.slot)
+            else:
+                found.unused.append(fill.slot)
         self._course.fills.clear()
         self.reads.clear()
         self._course.ledger.change(reading=-found.num_reads)
@@ -128,7 +162,10 @@ class Filling:
         if direct or chunk.transfer.slot_bytes:
             slot = self._ring.acquire_nowait()
             if slot is None:
+                if self._waits_since_s is None:
+                    self._waits_since_s = self._course.clock.now()
                 return None
+        self._waits_since_s = None
         self._next += 1
         bounces = direct and not chunk.transfer.slot_bytes and self._stage.lands(chunk.transfer)
         fill = Fill(chunk, slot, direct, tuned, bounces, chunk.source.begin, chunk.num_bytes)
@@ -145,7 +182,7 @@ class Filling:
         return cut if end - cut >= read_bytes // 4 else end
 
     def _read(self, read: object, fill: Fill, part: ByteRange, number: int | None) -> None:
-        course, num_bytes = self._course, part.end - part.begin
+        course = self._course
         error: BaseException | None = None
         began_s = course.clock.now()
         copy_s: float | None = None
@@ -155,32 +192,45 @@ class Filling:
             error = exc
         ended_s = course.clock.now()
         if error is None:
-            self._note_part(fill, num_bytes, began_s, copy_s, ended_s)
+            self._note_part(fill, part.end - part.begin, began_s, copy_s, ended_s)
         with course.condition:
-            if fill.given_up:
-                self._come_back(fill)
-                return
-            busy = len(self.reads) >= self._tuner.setting.workers
-            del self.reads[read]
-            fill.num_reading -= 1
-            course.fail(error)
-            num_filled = 0
-            if course.error is None:
-                course.bytes_read += num_bytes
-                if fill.num_reading == fill.left_bytes == 0:
-                    num_filled = self._complete(fill)
-            course.ledger.change(reading=-1, filled=num_filled)
-            if course.error is not None or not fill.num_reading:
-                course.condition.notify_all()
-            has_changed = False
-            if fill.tuned and course.error is None:
-                if fill.direct and not self._source.has_direct(part.shard):
-                    self._tuner.refuse_direct()
-                else:
-                    has_changed = self._tuner.end(number, num_bytes, ended_s - began_s, busy=busy)
-            workers = self._tuner.setting.workers
-        if has_changed:
+            given_up = fill.given_up  # it may be at any moment after this, for the sake of other parts
+            workers = None if given_up else self._finish(read, fill, part, error, number, ended_s - began_s)
+        if given_up:
+            self._come_back(fill)
+        elif workers is not None:
             self._widen(workers)
+
+    def _finish(
+        self,
+        read: object,
+        fill: Fill,
+        part: ByteRange,
+        error: BaseException | None,
+        number: int | None,
+        seconds: float,
+    ) -> int | None:
+        """Take a read off the list, and its chunk on; return how many readers there should be, if that has changed."""
+        course, num_bytes = self._course, part.end - part.begin
+        busy = len(self.reads) >= self._tuner.setting.workers
+        del self.reads[read]
+        fill.num_reading -= 1
+        course.fail(error)
+        num_filled = 0
+        if course.error is None:
+            course.bytes_read += num_bytes
+            if fill.num_reading == fill.left_bytes == 0:
+                num_filled = self._complete(fill)
+        course.ledger.change(reading=-1, filled=num_filled)
+        if course.error is not None or not fill.num_reading:
+            course.condition.notify_all()
+        if not fill.tuned or course.error is not None:
+            return None
+        if fill.direct and not self._source.has_direct(part.shard):
+            self._tuner.refuse_direct()
+            return None
+        has_changed = self._tuner.end(number, num_bytes, seconds, busy=busy)
+        return self._tuner.setting.workers if has_changed else None
 
     def _complete(self, fill: Fill) -> int:
         """Pass a chunk on whose last part has been read; return how many more can be copied now. The lock is held."""
@@ -199,10 +249,12 @@ class Filling:
         return self._stage.buffers(fill.chunk.transfer, view, 0, fill.chunk.num_bytes)
 
     def _come_back(self, fill: Fill) -> None:
-        """Note that a read has returned which was given up: the slot is written off, nobody waits."""
-        fill.num_reading -= 1
-        if fill.slot is not None and not fill.num_reading:
-            self._ring.settle(fill.slot)
+        """Give back what belongs to a read alone that was given up and has returned; see `give_up`."""
+        with self._course.condition:
+            fill.num_reading -= 1
+            slot = None if fill.num_reading else fill.slot
+        if slot is not None:
+            self._ring.recover(slot)
         self._on_return()
 
     def _note_part(self, fill: Fill, num_bytes: int, began_s: float, copy_s: float | None, ended_s: float) -> None:

@@ -164,8 +164,8 @@ class Flow:
     def drain(self, grace_s: float, *, on_return: Callable[[], None] = lambda: None) -> int:
         """Wait until no reader and no copy of this load is at work, and give back every slot it still has.
 
-        A read that has not returned after `grace_s` seconds hangs in the kernel: its slot is written off and its
-        buffers, which it keeps alive, are never looked at again. Copies are waited for as long as they take: their
+        A read that has not returned after `grace_s` seconds is slow or hangs in the kernel: what it may write to is its own
+        from then on, and goes back when it returns (see `Filling.give_up`). Copies are waited for as long as they take: their
         source and destination must not be reused.
 
         Args:
@@ -193,8 +193,6 @@ class Flow:
             course.condition.notify_all()
         for slot in unused:
             self._ring.release(slot)
-        for slot in given_up.stuck:
-            self._ring.write_off(slot)
         if hashing is not None:
             hashing.join()
         self._copying.join()
@@ -224,4 +222,12 @@ class Flow:
                     actual=f"no answer to the read at offset {oldest.offset} for {now - oldest.began_s:.3g} s",
                     hint="It is given up, and its slot with it. Look at the file system, or raise prefetch.stall_s",
                 )
+            if (starved_since_s := self.filling.starved_since_s) is not None:
+                limits.append(starved_since_s + self._stall_s - now)
+                if limits[-1] <= 0:
+                    raise LoadTimeoutError(
+                        "there is no slot to read into: all are lost to reads of other loads that do not return",
+                        expected=f"one within {self._stall_s:g} s",
+                        hint="Look at the file system, or raise prefetch.host_memory",
+                    )
         return min(limits, default=None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, wait
@@ -13,6 +12,8 @@ from typing import Self, TypeVar
 import anyio
 import torch
 
+from weightstream.prefetch.readers import Thread
+from weightstream.scheduler.clock import SystemClock
 from weightstream.scheduler.consumer import ConsumerSink
 from weightstream.scheduler.job import Job
 from weightstream.scheduler.report import LoadReport, Progress
@@ -43,8 +44,10 @@ async def outlast(future: Future[T], *, timeout_s: float | None = None) -> None:
             waiter.exception()
 
 
-async def insist(future: Future[T]) -> None:
+async def insist(future: Future[T], *, on_cancel: Callable[[], None] = lambda: None) -> None:
     """Wait until a future of another thread is done, however often the waiting task is cancelled meanwhile.
+
+    `on_cancel` is called each time, and must not block.
 
     anyio's shield keeps the cancellation of scopes away, but not `Task.cancel`, which servers and `asyncio.timeout` use:
     that is remembered, and raised at the end.
@@ -56,12 +59,19 @@ async def insist(future: Future[T]) -> None:
                 await outlast(future)
             except asyncio.CancelledError as error:
                 cancelled = error
+                on_cancel()
     if cancelled is not None:
         raise cancelled
 
 
-def in_own_thread(action: Callable[[], T]) -> tuple[Future[T], threading.Thread]:
+def in_own_thread(
+    action: Callable[[], T], *, spawn: Callable[[Callable[[], None], str], Thread] | None = None
+) -> tuple[Future[T], Thread]:
     """Call something on a thread of its own: the event loop's executor may be full of other people's work.
+
+    Args:
+        action: what is called.
+        spawn: starts the thread, if it waits on a clock of its own.
 
     Returns:
         Its result, and the thread, which ends right after that is there.
@@ -75,9 +85,7 @@ def in_own_thread(action: Callable[[], T]) -> tuple[Future[T], threading.Thread]
         except BaseException as error:  # noqa: BLE001 (it belongs to who waits for the future)
             future.set_exception(error)
 
-    thread = threading.Thread(target=run, name="weightstream-call", daemon=True)
-    thread.start()
-    return future, thread
+    return future, (spawn or SystemClock().spawn)(run, "weightstream-call")
 
 
 async def stop_and_settle(job: Job) -> None:

@@ -179,6 +179,7 @@ class Job:
         with ExitStack() as stack:
             files = self._files = Files(
                 engine.clock,
+                engine.stragglers,
                 stall_s=engine.config.prefetch.stall_s,
                 timeout_s=engine.config.scheduler.timeout_s,
                 deadline=self._deadline,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -65,7 +66,8 @@ class Loader:
     """Loads checkpoints into models. Owns reader threads, host memory and copy streams; many loads, one budget.
 
     Use it as an async context: `async with Loader(config) as loader`. It may be entered in one task and left in
-    another. Leaving cancels what still runs and waits for it. Everything it does happens on threads; the event loop
+    another. Leaving cancels what still runs and waits for it, and for a few seconds for reads that are slow, unless the
+    context is left by a cancellation. Everything it does happens on threads; the event loop
     (asyncio or uvloop) only starts, awaits and cancels.
 
     Args:
@@ -89,28 +91,29 @@ class Loader:
         self._supervisor = asyncio.create_task(self._supervise(opened), name="weightstream-supervisor")
         try:
             await opened.wait()
-        except BaseException:
-            await self._close()
+        except BaseException as error:
+            await self._close(type(error))
             raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._close()
+        await self._close(kind)
 
-    async def _close(self) -> None:
-        """End every load and every thread, however often the closing task is cancelled meanwhile."""
+    async def _close(self, ended_by: type[BaseException] | None) -> None:
+        """End every load and every thread, however often the closing task is cancelled meanwhile; see `Engine.close`."""
+        engine = self._engine
         assert self._supervisor is not None
-        assert self._engine is not None
+        assert engine is not None
         ended: Future[None] = Future()
         self._supervisor.add_done_callback(lambda _: ended.set_result(None))
         self._closing.set()
         try:
-            await insist(ended)
+            await insist(ended, on_cancel=engine.stragglers.hurry)
         finally:
-            closed, thread = in_own_thread(self._engine.close)
-            await insist(closed)
+            closed, thread = in_own_thread(functools.partial(engine.close, ended_by=ended_by), spawn=engine.clock.spawn)
+            await insist(closed, on_cancel=engine.stragglers.hurry)
             thread.join()
 
     async def start(

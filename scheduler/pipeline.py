@@ -17,6 +17,7 @@ from weightstream.prefetch.mapping import Prefault, map_shard, refuse_network
 from weightstream.prefetch.ring import Ring
 from weightstream.prefetch.source import Source
 from weightstream.prefetch.tuner import Tuner
+from weightstream.ranks import ranked_logger
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.files import GRACE_S, Files
 from weightstream.scheduler.flow import Flow
@@ -27,6 +28,8 @@ from weightstream.scheduler.sinks import Prepared, Sink
 from weightstream.scheduler.verification import Verification
 
 __all__ = ["BlockAccount", "Pipeline"]
+
+logger = ranked_logger(__name__)
 
 _RESIDENCY_UNKNOWN = (
     "what is in the page cache is unknown, because the files belong to somebody else: found out by measuring"
@@ -167,11 +170,19 @@ class Pipeline:
     def drain(self) -> None:
         """Wait until no reader and no copy is at work. The flow must have ended, or have been stopped."""
         self._engine.readers.detach(self.flow.filling)
-        stuck = self.flow.drain(GRACE_S, on_return=lambda: self._files.keep_open(-1))
+        readers, files = self._engine.readers, self._files
+
+        def come_back() -> None:
+            """Give back what a read that was given up has kept beside its slot."""
+            logger.info("a read that was given up has returned: its memory, its thread and its files are free again")
+            readers.come_back()
+            files.keep_open(-1)
+
+        stuck = self.flow.drain(GRACE_S, on_return=come_back)
         if stuck:
-            self._files.keep_open(stuck)
-            self._engine.readers.replace_stuck(stuck)
-            self._fall_back(f"{stuck} reads did not return and were given up; their slots are lost to this Loader")
+            files.keep_open(stuck)
+            readers.replace_stuck(stuck)
+            self._fall_back(f"{stuck} reads did not return and were given up; until they do, their slots are lost")
 
     def end(self, error: BaseException) -> None:
         """Let nothing go on, and wait until nothing does; also if it has ended by itself."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -76,13 +77,10 @@ def load_sync(
 
     An exception in the waiting thread (KeyboardInterrupt, or what `on_progress` raises) cancels the load and cleans up.
     """
-    engine = Engine(LoaderConfig() if config is None else config)
-    try:
+    with Engine(LoaderConfig() if config is None else config) as engine:
         job = scheduler.make_job(engine, path, ModelSink(engine, model, device_map), caller_streams(), recorder)
         job.start()
         return _result(job, on_progress)
-    finally:
-        engine.close()
 
 
 def iter_tensors(path: Path | None = None, config: LoaderConfig | None = None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -104,18 +102,18 @@ def iter_tensors(path: Path | None = None, config: LoaderConfig | None = None) -
         yield from drain(sink)
         _result(job)
     finally:
-        ended, thread = in_own_thread(functools.partial(_end, job, engine))
+        ended, thread = in_own_thread(functools.partial(_end, job, engine, sys.exc_info()[0]))
         # The garbage collector closes a forgotten iterator on whatever thread it runs, even one that has to end first.
         if not threading.current_thread().name.startswith("weightstream-"):
             thread.join()
             ended.result()
 
 
-def _end(job: Job | None, engine: Engine) -> None:
+def _end(job: Job | None, engine: Engine, ended_by: type[BaseException] | None) -> None:
     if job is not None:
         job.stop()
         job.finished.exception()
-    engine.close()
+    engine.close(ended_by=ended_by)
 
 
 def _result(job: Job, on_progress: Callable[[Progress], object] | None = None) -> LoadReport:

@@ -266,6 +266,10 @@ class TestRings:
         assert ring.acquire_nowait() is first
         ring.write_off(second)
         assert ring.statistics().num_written_off == 1
+        assert ring.acquire_nowait() is None
+        ring.recover(second)
+        assert freed == [1, 1]
+        assert ring.acquire_nowait() is second
 
 
 def test_poisoned_ring_overwrites_what_is_given_back() -> None:

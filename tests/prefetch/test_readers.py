@@ -238,6 +238,35 @@ def test_threads_in_place_of_stuck_ones_go_on(make_pool: Pools) -> None:
         gate.may_end.set()
 
 
+@pytest.mark.parametrize("is_late", [False, True], ids=["before it is replaced", "after that"])
+def test_thread_that_comes_back_after_it_was_replaced_is_one_too_many(make_pool: Pools, *, is_late: bool) -> None:
+    gate, pool = Gate(), make_pool(2)
+
+    def read() -> None:
+        gate()
+        pool.come_back()
+
+    pool.attach(Reads(read))
+    assert gate.begun.wait(LIMIT_S)
+    if is_late:
+        pool.replace_stuck(1)
+    gate.may_end.set()
+    if not is_late:
+        while make_pool.num_alive > 1:  # whichever of the two it is that ends
+            make_pool.threads[0].join(0.01)
+            make_pool.threads[1].join(0.01)
+        pool.replace_stuck(1)
+    while make_pool.num_alive > 2:
+        for thread in make_pool.threads:
+            thread.join(0.01)
+    gates = [Gate(), Gate()]
+    pool.attach(Reads(*gates))
+    for one in gates:  # two are left, and both read
+        assert one.begun.wait(LIMIT_S)
+        one.may_end.set()
+    assert make_pool.num_alive == 2
+
+
 def test_read_is_let_go_before_the_thread_waits_again(make_pool: Pools) -> None:
     """What a read holds are buffers: an idle thread must not keep them."""
     released = threading.Event()

@@ -40,7 +40,7 @@ def test_slot_holds_a_chunk_and_a_page_at_either_end() -> None:
 def test_new_ring_has_nothing() -> None:
     ring = Ring(SLOT, Budget(10 * SLOT), MemoryAccount())
     assert ring.acquire_nowait() is None
-    assert ring.statistics() == RingStatistics(0, 0, 0, 0, 0)
+    assert ring.statistics() == RingStatistics(0, 0, 0, 0, 0, 0)
 
 
 def test_slots_are_page_aligned_and_apart() -> None:
@@ -92,7 +92,7 @@ def test_slot_that_was_written_off_never_comes_back() -> None:
     ring.write_off(lost)
     ring.release(other)
     assert acquire_all(ring) == [other]
-    assert ring.statistics() == RingStatistics(2, 0, 1, 2 * SLOT, 0)
+    assert ring.statistics() == RingStatistics(2, 0, 1, 0, 2 * SLOT, 0)
 
 
 def test_growing_replaces_slots_that_were_written_off_within_the_budget() -> None:
@@ -100,12 +100,12 @@ def test_growing_replaces_slots_that_were_written_off_within_the_budget() -> Non
     for slot in acquire_all(ring):
         ring.write_off(slot)
     ring.grow(2)
-    assert ring.statistics() == RingStatistics(3, 1, 2, 3 * SLOT, 0)
+    assert ring.statistics() == RingStatistics(3, 1, 2, 0, 3 * SLOT, 0)
 
 
 def test_growing_stops_at_the_budget() -> None:
     ring = make_ring(100, limit_bytes=7 * SLOT + SLOT // 2)
-    assert ring.statistics() == RingStatistics(7, 7, 0, 7 * SLOT, 0)
+    assert ring.statistics() == RingStatistics(7, 7, 0, 0, 7 * SLOT, 0)
 
 
 def test_budget_is_shared_with_other_takers() -> None:
@@ -149,7 +149,7 @@ def test_statistics_tell_what_is_page_locked() -> None:
     (first,) = ring.grow(2)
     ring.grow(5)
     first.pinned = True
-    assert ring.statistics() == RingStatistics(5, 5, 0, 5 * SLOT, 2 * SLOT)
+    assert ring.statistics() == RingStatistics(5, 5, 0, 0, 5 * SLOT, 2 * SLOT)
 
 
 def test_account_and_budget_follow_the_ring() -> None:
@@ -160,7 +160,7 @@ def test_account_and_budget_follow_the_ring() -> None:
     assert [segment.num_bytes for segment in ring.close()] == [4 * SLOT]
     assert (account.held_bytes, budget.left_bytes) == (0, 10 * SLOT)
     assert ring.acquire_nowait() is None
-    assert ring.statistics() == RingStatistics(0, 0, 0, 0, 0)
+    assert ring.statistics() == RingStatistics(0, 0, 0, 0, 0, 0)
 
 
 def test_no_slot_is_handed_to_two_threads() -> None:
@@ -212,18 +212,43 @@ def test_closed_ring_holds_what_was_written_off_until_nobody_writes_to_it() -> N
     lost, also_lost, other = acquire_all(ring)
     ring.release(other)
     ring.write_off(lost)
-    ring.settle(also_lost)  # one that returned a moment before it was written off
     ring.write_off(also_lost)
     ring.close()
+    ring.recover(lost)
     assert (budget.left_bytes, account.held_bytes) == (0, 3 * SLOT)
-    ring.settle(lost)
+    ring.recover(also_lost)
     assert (budget.left_bytes, account.held_bytes) == (3 * SLOT, 0)
+    assert ring.acquire_nowait() is None
 
 
-def test_settled_slot_of_an_open_ring_is_still_lost() -> None:
-    ring = make_ring(1)
+def test_slot_that_is_recovered_is_a_slot_like_others_and_is_counted() -> None:
+    had: list[Slot | None] = []
+    ring = Ring(SLOT, Budget(SLOT), MemoryAccount(), on_free=lambda: had.append(ring.acquire_nowait()))
+    ring.grow(1)
     (slot,) = acquire_all(ring)
     ring.write_off(slot)
-    ring.settle(slot)
-    assert ring.acquire_nowait() is None
-    assert ring.statistics() == RingStatistics(1, 0, 1, SLOT, 0)
+    assert ring.statistics() == RingStatistics(1, 0, 1, 0, SLOT, 0)
+    ring.recover(slot)
+    assert had == [slot]
+    assert ring.statistics() == RingStatistics(1, 0, 0, 1, SLOT, 0)
+
+
+def test_slot_that_is_recovered_in_a_retired_segment_goes_with_it() -> None:
+    budget, account = Budget(SLOT), MemoryAccount()
+    ring = Ring(SLOT, budget, account)
+    (segment,) = ring.grow(1)
+    (slot,) = acquire_all(ring)
+    ring.write_off(slot)
+    ring.retire(segment)
+    assert account.held_bytes == SLOT
+    ring.recover(slot)
+    assert (budget.left_bytes, account.held_bytes, ring.acquire_nowait()) == (SLOT, 0, None)
+    assert ring.statistics() == RingStatistics(0, 0, 0, 1, 0, 0)
+
+
+def test_slot_that_is_given_back_to_a_closed_ring_is_nobodys() -> None:
+    ring = make_ring(1)
+    (slot,) = acquire_all(ring)
+    ring.close()
+    ring.release(slot)
+    assert ring.statistics() == RingStatistics(0, 0, 0, 0, 0, 0)

@@ -19,12 +19,16 @@ from tests.fakes.source import Gate
 from tests.models import SmallNet, tensors_of
 from weightstream.api import Loader
 from weightstream.errors import LoadCancelledError, LoadTimeoutError, MemoryBudgetError, ReadError
+from weightstream.prefetch import memory
 from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
 from weightstream.prefetch.eviction import Eviction
 from weightstream.prefetch.filesystem import FileSystem
 from weightstream.scheduler import job, survey
+from weightstream.scheduler.stragglers import Stragglers
 
 MakeRig = Callable[..., Rig]
+
+MIB = 2**20
 
 
 @pytest.fixture(name="tensors")
@@ -76,15 +80,139 @@ async def test_read_that_does_not_return_ends_the_load(
 
             report = await loader.load(model, path)
             assert_loaded(model, tensors)
-            lost = ["1 of 3 slots are lost to reads that have not returned, so fewer reads go on at a time"]
+            lost = ["1 of 3 slots are lost to reads that have not returned yet, so fewer reads go on at a time"]
             assert list(report.fallbacks) == (lost if num_lost else [])
 
             rig.disk.closed.clear()
             gate.open()
             assert rig.disk.closed.wait(30)
-            assert rig.ring.num_written_off == num_lost  # it is not handed out again
+            assert rig.ring.num_written_off == 0  # it came back before the file did
+            assert rig.ring.num_recovered == num_lost
+            assert rig.ring.num_free == rig.ring.num_slots
     assert rig.disk.num_open == 0
     assert_loaded(model, tensors)
+
+
+class TestReadThatIsSlow:
+    """It is given up, and returns after all: whatever happens meanwhile, what is its own comes back, once."""
+
+    @pytest.fixture(name="rig")
+    def fixture_rig(self, make_rig: MakeRig) -> Rig:
+        return make_rig("fake")
+
+    @pytest.fixture(name="gates")
+    def fixture_gates(self, rig: Rig) -> list[Gate]:
+        """Where the first two reads are stuck: as many as there are slots."""
+        return [rig.disk.stop_at(read, is_stuck=True) for read in range(2)]
+
+    async def test_slot_is_handed_out_when_it_has_returned_and_not_before(
+        self, rig: Rig, gates: list[Gate], path: Path, tensors: dict[str, torch.Tensor]
+    ) -> None:
+        async with rig.loader(workers=2, num_slots=2, stall_s=7.0) as loader:
+            with pytest.raises(LoadTimeoutError, match="a read does not return"):
+                await loader.load(on_meta(), path)
+            with pytest.raises(MemoryBudgetError, match="no slot of the ring"):
+                await loader.load(on_meta(), path)
+            gates[0].open()
+            rig.clock.wait_idle()
+            assert (rig.ring.num_free, rig.ring.num_written_off) == (1, 1)
+            model = on_meta()
+            await loader.load(model, path)
+            assert_loaded(model, tensors)
+            rig.disk.closed.clear()
+            gates[1].open()
+            assert rig.disk.closed.wait(30)
+            report = await loader.load(on_meta(), path)
+            assert report.fallbacks == ()
+        assert rig.ring.num_recovered == 2
+
+    async def test_load_that_waits_for_its_slot_goes_on(
+        self, rig: Rig, gates: list[Gate], path: Path, tensors: dict[str, torch.Tensor]
+    ) -> None:
+        model = on_meta()
+        async with rig.loader(workers=2, num_slots=2) as loader:
+            handle = await loader.start(on_meta(), path)
+            for gate in gates:
+                gate.wait_reached()
+            other = await loader.start(model, path)
+            await handle.cancel()
+            assert rig.ring.num_written_off == rig.ring.num_slots == 2
+            assert other.progress.bytes_read == 0
+            gates[1].open()
+            await other.wait()
+            gates[0].open()
+        assert_loaded(model, tensors)
+        assert rig.ring.num_recovered == 2
+
+    async def test_load_that_waits_for_a_slot_that_does_not_come_back_ends(
+        self, rig: Rig, gates: list[Gate], path: Path
+    ) -> None:
+        """Loads that read from elsewhere do not hang with a file system that does."""
+        model = on_meta()
+        async with rig.loader(workers=2, num_slots=2, stall_s=7.0) as loader:
+            with rig.clock.participate():  # time stands still meanwhile
+                handle = await loader.start(on_meta(), path)
+                for gate in gates:
+                    gate.wait_reached()
+                other = await loader.start(model, path)
+            with pytest.raises(LoadTimeoutError, match="a read does not return"):
+                await handle.wait()
+            with pytest.raises(LoadTimeoutError, match="there is no slot to read into"):
+                await other.wait()
+            assert_on_meta(model)
+            for gate in gates:
+                gate.open()
+
+    async def test_slot_that_several_reads_write_to_comes_back_with_the_last(
+        self, rig: Rig, gates: list[Gate], tmp_path: Path
+    ) -> None:
+        path = write_checkpoint(tmp_path / "large", random_tensors({"a": (2048, 1024)}))
+        model = torch.nn.ParameterDict({"a": torch.nn.Parameter(torch.empty(2048, 1024, device="meta"))})
+        async with rig.loader(workers=2, num_slots=2, chunk=16 * MIB) as loader:
+            handle = await loader.start(model, path)
+            for gate in gates:
+                gate.wait_reached()
+            await handle.cancel()
+            assert (rig.ring.num_slots, rig.ring.num_written_off) == (1, 1)
+            gates[0].open()
+            rig.clock.wait_idle()
+            assert (rig.ring.num_written_off, rig.ring.num_recovered) == (1, 0)
+            gates[1].open()
+            rig.clock.wait_idle()
+            assert (rig.ring.num_free, rig.ring.num_written_off, rig.ring.num_recovered) == (1, 0, 1)
+
+    async def test_it_returns_while_the_ring_is_closed(self, rig: Rig, path: Path) -> None:
+        """The last one that uses the memory of a ring of its own."""
+        gate = rig.disk.stop_at(0, is_stuck=True)
+        with leaves_nothing():
+            async with rig.loader(strategy="preload") as loader:
+                handle = await loader.start(on_meta(), path)
+                gate.wait_reached()
+                engine = loader._engine
+                assert engine is not None
+                await handle.cancel()
+                assert rig.ring.num_slots == 0
+                assert engine.account.held_bytes == engine.budget.limit_bytes - engine.budget.left_bytes > 0
+                rig.disk.closed.clear()
+                gate.open()
+                assert rig.disk.closed.wait(30)
+                assert engine.account.held_bytes == engine.budget.limit_bytes - engine.budget.left_bytes == 0
+
+    async def test_block_it_reads_into_lives_until_then(self, make_rig: MakeRig, path: Path) -> None:
+        """Into host memory that an adopted parameter was to take, and never did."""
+        rig = make_rig("host")
+        gate = rig.disk.stop_at(0, is_stuck=True)
+        async with rig.loader(workers=1) as loader:
+            before = set(memory._owned)
+            handle = await loader.start(on_meta(), path)
+            gate.wait_reached()
+            await handle.cancel()
+            (address,) = set(memory._owned) - before  # the others are gone
+            rig.disk.closed.clear()
+            gate.open()
+            assert rig.disk.closed.wait(30)
+            rig.clock.wait_idle()
+            assert address not in memory._owned
 
 
 async def test_memory_of_a_ring_of_its_own_counts_until_the_read_returns(
@@ -134,6 +262,100 @@ async def test_consumer_that_takes_its_time_is_no_stall(make_rig: MakeRig, path:
         with rig.clock.participate():
             rig.clock.sleep(1000.0)
         assert len([name async for name, _ in stream]) == len(tensors_of(SmallNet())) - 1
+
+
+class TestClosing:
+    """A Loader that is closed waits for what is merely slow, and says what is stuck."""
+
+    @pytest.fixture(name="stuck")
+    def fixture_stuck(self, make_rig: MakeRig) -> tuple[Rig, Gate]:
+        rig = make_rig("fake")
+        return rig, rig.disk.stop_at(0, is_stuck=True)
+
+    async def test_waits_for_a_read_that_is_slow(
+        self, stuck: tuple[Rig, Gate], path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rig, gate = stuck
+        wait = Stragglers.wait
+
+        def answer() -> None:
+            rig.clock.sleep(4.0)
+            gate.open()
+
+        def wait_for_answer(self: Stragglers, grace_s: float) -> int:
+            rig.clock.spawn(answer, "weightstream-file-system")
+            return wait(self, grace_s)
+
+        monkeypatch.setattr(Stragglers, "wait", wait_for_answer)
+        with leaves_nothing():
+            async with rig.loader(workers=2) as loader:
+                await loader.start(on_meta(), path)
+                gate.wait_reached()
+            assert rig.clock.now() == 0.5 + 4.0
+            assert rig.disk.num_open == rig.ring.num_written_off == 0
+
+    async def test_says_what_is_stuck(
+        self, stuck: tuple[Rig, Gate], path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        rig, gate = stuck
+        with leaves_nothing():
+            async with rig.loader(workers=2) as loader:
+                await loader.start(on_meta(), path)
+                gate.wait_reached()
+            assert rig.clock.now() >= 0.5 + 5.0
+            assert "closed, but reads or files of 1 loads have not come back" in caplog.text
+            gate.open()
+
+    async def test_is_in_haste_when_the_program_is(self, stuck: tuple[Rig, Gate], path: Path) -> None:
+        rig, gate = stuck
+
+        class Interrupt(BaseException):
+            pass
+
+        with leaves_nothing():
+            with pytest.raises(Interrupt):  # noqa: PT012 (how it is left is the point)
+                async with rig.loader(workers=2) as loader:
+                    await loader.start(on_meta(), path)
+                    gate.wait_reached()
+                    raise Interrupt
+            assert rig.clock.now() <= 0.5 + 0.5
+            gate.open()
+
+    async def test_is_in_haste_once_it_is_cancelled(
+        self, stuck: tuple[Rig, Gate], path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rig, gate = stuck
+        closing_began = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        was_hurried = asyncio.Event()
+        wait, hurry = Stragglers.wait, Stragglers.hurry
+
+        def tell(self: Stragglers, grace_s: float) -> int:
+            loop.call_soon_threadsafe(closing_began.set)
+            return wait(self, grace_s)
+
+        def tell_haste(self: Stragglers) -> None:
+            hurry(self)
+            was_hurried.set()
+
+        monkeypatch.setattr(Stragglers, "wait", tell)
+        monkeypatch.setattr(Stragglers, "hurry", tell_haste)
+        with leaves_nothing():
+            loader = rig.loader(workers=2)
+            await loader.__aenter__()
+            handle = await loader.start(on_meta(), path)
+            gate.wait_reached()
+            await handle.cancel()
+            now = rig.clock.now()
+            with rig.clock.participate():  # it stands still: nothing but haste ends the wait
+                task = asyncio.create_task(loader.__aexit__(None, None, None))
+                await closing_began.wait()
+                task.cancel()
+                await was_hurried.wait()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert rig.clock.now() <= now + 0.5
+            gate.open()
 
 
 # Before and after the reads

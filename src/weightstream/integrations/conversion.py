@@ -128,13 +128,10 @@ class Weights:
         path = self._path(files)
         with open_checkpoint(path, allow_outside_links=config.prefetch.allow_outside_links) as checkpoint:
             groups, plain = _group(list(checkpoint.tensors), model, settings)
-        engine = Engine(config)
-        try:
+        with Engine(config) as engine:
             if plain and not settings.ignore_mismatched_sizes:
                 return self._place(engine, model, path, settings)
             return self._convert(engine, model, path, settings, groups)
-        finally:
-            engine.close()
 
     def _start(self, engine: Engine, path: Path, sink: Sink) -> Job:
         with self._lock:
