@@ -18,14 +18,24 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
 from weightstream.device.backend import Event, Spread, cast_or_copy
 from weightstream.errors import PlacementError
 
-__all__ = ["AcceleratorBackend", "caller_streams", "default_device", "find_device", "foreach_copy", "free_bytes"]
+__all__ = [
+    "AcceleratorBackend",
+    "caller_streams",
+    "default_device",
+    "find_device",
+    "foreach_copy",
+    "free_bytes",
+    "on_callers_device",
+]
+
+T = TypeVar("T")
 
 #: cudaHostRegisterPortable: page-locked for all devices of the process, not the current one alone.
 _PORTABLE = 1
@@ -36,7 +46,7 @@ foreach_copy = torch._foreach_copy_  # pyright: ignore[reportPrivateUsage, repor
 
 
 def default_device() -> torch.device:
-    """Return the machine's accelerator, or the CPU. May start the driver: not for the event loop's thread."""
+    """Return the thread's current accelerator, or the CPU. May start the driver: not for the event loop's thread."""
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator()
         if kind is not None:
@@ -74,13 +84,36 @@ def find_device(target: str | int, setting: str = "device.target") -> torch.devi
     return torch.device(target) if ":" in target else default_device()
 
 
+def _running() -> torch.device | None:
+    """Return the kind of accelerator whose driver runs. Where none does, nobody can have chosen a device or a stream."""
+    kind = torch.accelerator.current_accelerator()
+    return None if kind is None or not torch.get_device_module(kind).is_initialized() else kind
+
+
+def on_callers_device(action: Callable[[], T]) -> Callable[[], T]:
+    """Return what does `action` on another thread, with the device current there that is current here and now.
+
+    Each thread has a current device of its own, the first one to begin with; `auto` and `cuda` stand for the current one,
+    which a program with a process for each device has set in the thread that asks for a load.
+    """
+    if _running() is None:
+        return action
+    index = torch.accelerator.current_device_index()
+
+    def act() -> T:
+        torch.accelerator.set_device_index(index)
+        return action()
+
+    return act
+
+
 def caller_streams() -> dict[torch.device, object]:
     """Return the calling thread's current stream on every device, without starting a driver that is not running.
 
-    Where the driver does not run yet nobody can have chosen a stream, and loads use the device's default one.
+    Where the driver does not run yet, loads use the device's default one.
     """
-    kind = torch.accelerator.current_accelerator()
-    if kind is None or not torch.get_device_module(kind).is_initialized():
+    kind = _running()
+    if kind is None:
         return {}
     return {
         torch.device(kind.type, index): torch.accelerator.current_stream(index)

@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from weightstream.device.accelerator import on_callers_device
 from weightstream.device.stage import DeviceStage
 from weightstream.errors import LoadCancelledError, MemoryBudgetError, WeightstreamError
 from weightstream.prefetch.attempts import Attempts
@@ -105,8 +106,8 @@ class Job:
         self._stop: BaseException | None = None
 
     def start(self) -> None:
-        """Start the job's thread."""
-        self._engine.clock.spawn(self._run, "weightstream-load")
+        """Start the job's thread. To be called by the thread that asks for the load, whose current device counts."""
+        self._engine.clock.spawn(on_callers_device(self._run), "weightstream-load")
 
     def stop(self, error: BaseException | None = None) -> None:
         """Ask the load to end, from any thread, without waiting. A load that has ended takes no notice."""

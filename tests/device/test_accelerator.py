@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
+import weightstream as ws
+from tests.builders import write_checkpoint
+from tests.models import tensors_of
 from weightstream.device import accelerator
+from weightstream.device.backend import HostBackend
 from weightstream.errors import PlacementError
+from weightstream.prefetch.arena import Arena
+from weightstream.scheduler.engine import Engine, Machine
+from weightstream.scheduler.loader import make_job
+from weightstream.scheduler.sinks import ModelSink
 
 
 @pytest.mark.parametrize(
@@ -66,6 +76,43 @@ def test_target_that_this_machine_lacks_is_told_with_those_it_has(target: str) -
     assert (caught.value.expected, caught.value.actual) == ("cpu, cuda, cuda:0, cuda:1", target)
     assert str(caught.value).startswith(f"device.target: there is no {target} here: expected cpu, ")
     assert "auto" in str(caught.value.hint)
+
+
+class PerThread:
+    """The driver of two devices, of which each thread has a current one: the first to begin with, as CUDA has it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._local = threading.local()
+        monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: getattr(self._local, "index", 0))
+        monkeypatch.setattr(torch.accelerator, "set_device_index", self.set)
+        monkeypatch.setattr(torch.accelerator, "current_stream", lambda index: f"stream of {index}")
+        monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(is_initialized=lambda: True))
+
+    def set(self, index: int) -> None:
+        self._local.index = index
+
+
+@pytest.mark.usefixtures("two_devices")
+@pytest.mark.parametrize("target", ["auto", "cuda"])
+def test_load_goes_to_the_device_that_is_current_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str
+) -> None:
+    driver = PerThread(monkeypatch)
+    opened: list[torch.device] = []
+
+    def open_backend(device: torch.device) -> HostBackend:
+        opened.append(device)
+        return HostBackend(Arena().allocate)
+
+    engine = Engine(ws.LoaderConfig(device={"target": target}), Machine(open_backend=open_backend))  # type: ignore[arg-type]
+    driver.set(1)
+    model = nn.Linear(2, 2, device="meta")
+    path = write_checkpoint(tmp_path / "checkpoint", tensors_of(model))
+    job = make_job(engine, path, ModelSink(engine, model), accelerator.caller_streams())
+    job.start()
+    job.finished.result()
+    engine.close()
+    assert opened == [torch.device("cuda", 1)]
 
 
 @pytest.mark.parametrize("target", ["cuda", "cuda:0"])

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from weightstream.config import LoaderConfig
+from weightstream.device.accelerator import on_callers_device
 from weightstream.device.config import DeviceConfig
 from weightstream.errors import CheckpointError, UnsupportedFormatError
 from weightstream.integrations.conversion import Weights
@@ -94,7 +95,8 @@ async def from_pretrained_async(
     cannot be interrupted, is waited for.
     """
     weights = _weights(config, kwargs)
-    result, thread = in_own_thread(functools.partial(_load, path, auto_class, weights, model_config, kwargs))
+    work = functools.partial(_load, path, auto_class, weights, model_config, kwargs)
+    result, thread = in_own_thread(on_callers_device(work))
     try:
         return await settle(result)
     except BaseException:
