@@ -236,7 +236,10 @@ class Filling:
         """Pass a chunk on whose last part has been read; return how many more can be copied now. The lock is held."""
         if self._hashing is None:
             return self._course.hand_over(fill)
-        self._hashing.put(fill, self._buffers_of(fill))
+        try:
+            self._hashing.put(fill, self._buffers_of(fill))
+        except RuntimeError as error:  # no more threads can be had
+            self._course.fail(error)
         return 0
 
     def _buffers_of(self, fill: Fill) -> list[memoryview]:

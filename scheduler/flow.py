@@ -111,6 +111,9 @@ class Flow:
             while True:
                 if course.error is not None:
                     raise course.error
+                if self._unplaced == 0:
+                    return None
+                left_s = self._left_s(deadline, timeout_s)  # also where there is always something to do
                 if course.recorder is not None:
                     course.recorder.take_up()
                 if course.filled:
@@ -121,9 +124,7 @@ class Flow:
                     self._unplaced -= len(placed)
                     course.ledger.change(binding=1)
                     return placed
-                if self._unplaced == 0:
-                    return None
-                course.condition.wait(self._left_s(deadline, timeout_s))
+                course.condition.wait(left_s)
 
     def submitted(self, filled: Filled, event: Event | None) -> None:
         """Note that a filled chunk's copies are on their way (or done, without an event)."""
@@ -132,7 +133,13 @@ class Flow:
             course.recorder.submitted(filled.chunk, is_done=event is None)
         with course.condition:
             if event is not None:
-                self._copying.put(filled, event)
+                try:
+                    self._copying.put(filled, event)
+                except RuntimeError:  # no more threads can be had
+                    event.synchronize()
+                    course.ledger.change(copying=-1)
+                    self._unused.append(filled.slot)
+                    raise
                 return
             course.placed.append(filled.chunk)
             course.ledger.change(copying=-1)

@@ -155,6 +155,18 @@ class Job:
             # Its frames refer to the model, and whoever keeps the error keeps them. Not later than here: once others
             # can raise it, it collects frames of theirs, and to clear a coroutine's is to end it.
             traceback.clear_frames(error.__traceback__)
+        try:
+            self._tell(sink, report, error)
+        finally:  # also if a handler of the program's log raises: somebody waits for these
+            if report is not None:
+                self.finished.set_result(report)
+            elif error is not None:
+                if not self.started.done():
+                    self.started.set_exception(error)
+                self.finished.set_exception(error)
+
+    def _tell(self, sink: Sink, report: LoadReport | None, error: BaseException | None) -> None:
+        """Let everything go, and tell all but those who wait for the end of the load."""
         bytes_read = self.progress().bytes_read  # the last counts outlive the flow
         self._flow = self._files = None
         self._sink = None  # it refers to the model: who keeps a handle must not keep the model's old tensors alive
@@ -168,12 +180,6 @@ class Job:
                 "loaded %d tensors, %.2f GB, onto %s in %.2f s (%s)",
                 *(report.num_tensors, report.num_bytes / 1e9, report.device, report.wall_s, report.strategy),
             )
-            self.finished.set_result(report)
-            return
-        assert error is not None
-        if not self.started.done():
-            self.started.set_exception(error)
-        self.finished.set_exception(error)
 
     def _load(self, sink: Sink, peak: Peak) -> LoadReport:
         engine = self._engine

@@ -62,9 +62,14 @@ class Pinning:
             for segment in segments:
                 self._pin(ring, segment, backend, may_shrink=may_shrink, on_fallback=on_fallback)
 
+        self._threads = [one for one in self._threads if one.is_alive()]
         thread = threading.Thread(target=pin, name="weightstream-pin", daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads can be had, and loads wait for `settled`
+            pin()
+        else:
+            self._threads.append(thread)
 
     def unpin(self, segment: Segment) -> None:
         """Unlock a segment, if it is locked. It must be settled, and still be mapped."""
@@ -90,17 +95,19 @@ class Pinning:
             unpin = backend.pin(segment.memory) if segment.wanted and not self._is_refused else None
         except Exception:  # noqa: BLE001 (the driver's ways of saying no; loads wait for `settled`)
             unpin = None
-        if unpin is not None:
-            self._unpin[segment] = unpin
-            segment.pinned = True
-        elif segment.wanted:
-            self._is_refused = True
-            if may_shrink and _is_enough(ring):
-                ring.retire(segment)
-                on_fallback(LIMITED)
-            else:
-                on_fallback(_REFUSED)
-        segment.settled.set()
+        try:
+            if unpin is not None:
+                self._unpin[segment] = unpin
+                segment.pinned = True
+            elif segment.wanted:
+                self._is_refused = True
+                if may_shrink and _is_enough(ring):
+                    ring.retire(segment)
+                    on_fallback(LIMITED)
+                else:
+                    on_fallback(_REFUSED)
+        finally:  # whatever `on_fallback` does
+            segment.settled.set()
 
 
 def _is_enough(ring: Ring) -> bool:

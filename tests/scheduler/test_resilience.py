@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -15,8 +18,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 import weightstream as ws
+from tests.builders import write_sums
 from tests.fakes.accelerator import FakeAccelerator
+from tests.fakes.clock import VirtualClock
+from tests.fakes.rig import Rig
 from weightstream.api import Loader
+from weightstream.prefetch.readers import Thread
+from weightstream.scheduler import pinning
 from weightstream.scheduler.clock import SystemClock
 from weightstream.scheduler.engine import Machine
 from weightstream.scheduler.loader import Loader as SchedulerLoader
@@ -73,6 +81,92 @@ async def test_copies_that_cannot_be_submitted_cost_no_slot(path: Path) -> None:
         assert found.num_free == found.num_slots
         await loader.load(model, path)
     assert not device.hazards
+
+
+class Exhausted(SystemClock):
+    """Has no more threads for what begins with a name, as a container that may have so many and no more."""
+
+    name: str | None = None
+
+    def spawn(self, target: Callable[[], None], name: str) -> Thread:
+        if self.name is not None and name.startswith(self.name):
+            raise RuntimeError("can't start new thread")
+        return super().spawn(target, name)
+
+
+@pytest.mark.parametrize("name", ["weightstream-copies", "weightstream-hash", "weightstream-files"])
+async def test_thread_that_cannot_be_had_ends_the_load_and_no_more(path: Path, name: str) -> None:
+    write_sums(path.parent)
+    clock = Exhausted()
+    device = FakeAccelerator(clock)
+    machine = Machine(clock=clock, open_backend=lambda _: device)
+    async with Loader(config(verify="sha256"), machine=machine) as loader:
+        model = model_of(path, device="meta")
+        clock.name = name
+        with pytest.raises(RuntimeError, match="new thread"):
+            await loader.load(model, path)
+        assert all(parameter.is_meta for parameter in model.values())
+        assert loader._engine is not None
+        found = loader._engine.ring.statistics()
+        assert found.num_free == found.num_slots
+        clock.name = None
+        await loader.load(model, path)
+    assert not device.hazards
+
+
+async def test_ring_is_page_locked_without_a_thread_of_its_own_where_none_can_be_had(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refused(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(pinning, "threading", SimpleNamespace(Thread=Refused))
+    device = FakeAccelerator()
+    async with Loader(config(), machine=Machine(open_backend=lambda _: device)) as loader:
+        report = await loader.load(model_of(path, device="meta"), path)
+    assert report.pinned_bytes > 0
+
+
+@pytest.mark.parametrize("strategy", ["stream", "map"])
+def test_log_that_cannot_be_written_leaves_nobody_waiting(path: Path, strategy: str) -> None:
+    """What a handler raises goes to whoever waits while the load runs, and to nobody once it is over."""
+
+    class Broken(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise ValueError("the disk is full")
+
+    logger, handler = logging.getLogger("weightstream"), Broken(logging.INFO)
+    before = logger.level
+    told: list[object] = []
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    hook, threading.excepthook = threading.excepthook, told.append
+    try:
+        settings = config().model_copy(update={"strategy": strategy})
+        assert ws.load_sync(model_of(path, device="meta"), path, config=settings).num_tensors == 8
+        assert len(told) == 1
+    finally:
+        threading.excepthook = hook
+        logger.setLevel(before)
+        logger.removeHandler(handler)
+
+
+class Pageable(FakeAccelerator):
+    """Takes a second for each copy and makes its caller wait, as copies from memory do that is not page-locked."""
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        assert isinstance(self._clock, VirtualClock)
+        self._clock.sleep(1.0)
+        super().copy(destination, source)
+
+
+async def test_load_that_is_never_idle_still_has_its_time_limit(make_rig: Callable[..., Rig], path: Path) -> None:
+    rig = make_rig(accelerator=Pageable)
+    async with rig.loader(chunk=MIB, scheduler={"timeout_s": 3.5}) as loader:
+        with pytest.raises(ws.LoadTimeoutError, match="took too long"):
+            await loader.load(model_of(path, device="meta"), path)
+    assert rig.accelerator.num_copies == 4
 
 
 @pytest.mark.parametrize("times", [1, 2, 5])
