@@ -122,7 +122,7 @@ class MemoryAccount:
     """Host memory that loads hold, in bytes. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a stream that the collector ends gives back, on any thread
         self._held = 0
         self._watchers: list[Peak] = []
 
@@ -158,7 +158,7 @@ class Budget:
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a stream that the collector ends gives back, on any thread
         self._taken = 0
 
     @property

@@ -29,14 +29,15 @@ class ConsumerSink:
 
     Blocks that have been asked for and not yet been delivered are kept below a window. In host memory the window is
     what the budget has left, and is taken from it; on a device it is as many bytes of device memory. What the consumer
-    needs next is always admitted, or it would wait for ever.
+    needs next is always admitted, or it would wait for ever. When the load has ended, blocks in host memory count until
+    they are delivered, or forgotten.
     """
 
     delivers = True
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the collector may call `forget` on a thread that holds it
         self._ready: deque[tuple[str, torch.Tensor, int]] = deque()
         self._waiter: Future[None] | None = None
         self._ended = False
@@ -50,6 +51,8 @@ class ConsumerSink:
         self._outstanding: dict[int, int] = {}
         self._admitted: set[int] = set()
         self._held_bytes = 0
+        self._is_host = False
+        self._is_forgotten = False
         self._prepared: Prepared | None = None
         self._stage: DeviceStage | None = None
 
@@ -80,7 +83,8 @@ class ConsumerSink:
         least = total if strategy == "preload" else largest
         self._prepared, self._stage = prepared, stage
         self._window_bytes = total if strategy == "preload" else budget.limit_bytes
-        if prepared.backends[0].lands:
+        self._is_host = prepared.backends[0].lands
+        if self._is_host:
             # Half of what is left, so that another stream finds something too, but all that this one cannot do without.
             self._engine.make_room(min(total, max(least, budget.limit_bytes // 4)))
             wished = 0 if strategy == "direct" else budget.left_bytes // 2
@@ -113,7 +117,7 @@ class ConsumerSink:
             if new and not is_next and self._held_bytes + needed > self._window_bytes:
                 return False
             self._admitted |= new
-            self._held_bytes += needed
+            self._hold(needed)
             for block in new:
                 self._outstanding[block] = layout.members[block]
             return True
@@ -143,12 +147,20 @@ class ConsumerSink:
         return ()
 
     def end(self, error: BaseException | None) -> None:
-        self._engine.budget.give(self._taken_bytes)
-        self._taken_bytes = 0
         self._stage = None
         with self._lock:
             self._ended, self._error = True, error
+            if error is not None or self._is_forgotten:
+                self._drop()
+            self._hold(0)
         self._notify()
+
+    def forget(self) -> None:
+        """Let go of what has not been delivered, now or when the load ends: nobody will take it."""
+        with self._lock:
+            self._is_forgotten = True
+            if self._ended:
+                self._drop()
 
     def next_nowait(self) -> tuple[str, torch.Tensor] | None:
         """Return the next tensor; or None where there is none yet, or, once `ended`, none any more.
@@ -200,8 +212,25 @@ class ConsumerSink:
         if self._outstanding[block]:
             return False
         del self._outstanding[block]
-        self._held_bytes -= self._prepared.plan.layout.blocks[block]
+        self._hold(-self._prepared.plan.layout.blocks[block])
         return True
+
+    def _drop(self) -> None:
+        """Let go of everything that is left. The lock is held."""
+        self._ready.clear()
+        self._finished.clear()
+        self._outstanding.clear()
+        self._hold(-self._held_bytes)
+
+    def _hold(self, num_bytes: int) -> None:
+        """Count bytes of blocks that are not delivered; after the load, keep no more of the budget. The lock is held."""
+        self._held_bytes += num_bytes
+        if self._is_host:
+            self._engine.account.hold(num_bytes)
+        if self._ended:
+            kept_bytes = min(self._taken_bytes, self._held_bytes)
+            self._engine.budget.give(self._taken_bytes - kept_bytes)
+            self._taken_bytes = kept_bytes
 
 
 def drain(sink: ConsumerSink) -> Iterator[tuple[str, torch.Tensor]]:

@@ -163,7 +163,7 @@ class TensorStream:
     def __init__(self, job: Job, sink: ConsumerSink) -> None:
         self._job = job
         self._sink = sink
-        weakref.finalize(self, job.stop).atexit = False
+        weakref.finalize(self, _forget, job, sink).atexit = False
 
     @property
     def progress(self) -> Progress:
@@ -196,7 +196,8 @@ class TensorStream:
             await settle(self._sink.wait())
 
     async def aclose(self) -> None:
-        """Stop reading, and wait until nothing of the load is left."""
+        """Stop reading, and wait until nothing of the load is left, nor of what it has not delivered."""
+        self._sink.forget()
         await stop_and_settle(self._job)
 
     async def __aenter__(self) -> Self:
@@ -206,6 +207,11 @@ class TensorStream:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+def _forget(job: Job, sink: ConsumerSink) -> None:
+    sink.forget()
+    job.stop()
 
 
 def events(job: Job) -> Iterator[Progress]:

@@ -223,13 +223,13 @@ class Pipeline:
 class BlockAccount:
     """Enters a load's blocks on one device into the host's account, or adds them up for the device.
 
-    Blocks in host memory that parameters take stay entered until the load ends; those that a consumer takes are its
-    own from then on.
+    Blocks in host memory that parameters take stay entered until the load ends. Those for a consumer are none of it: the
+    sink enters them, until they are delivered.
     """
 
     def __init__(self, engine: Engine, backend: Backend, *, delivered: bool) -> None:
         self.device_peak_bytes = 0
-        self._account = engine.account if backend.lands else None
+        self._account = engine.account if backend.lands and not delivered else None
         self._is_device = not backend.lands and backend.device.type != "meta"
         self._delivered = delivered
         self._held = 0

@@ -254,6 +254,35 @@ async def test_stream_that_is_forgotten_gives_its_budget_back(path: Path) -> Non
                 await asyncio.sleep(0.001)
 
 
+async def test_tensors_that_have_not_been_delivered_count_after_the_load_too(path: Path) -> None:
+    async with Loader(config(host_memory=64 * MIB)) as loader:
+        engine = loader._engine
+        assert engine is not None
+
+        def counted() -> tuple[int, int]:
+            """In the account, and of the budget; without the ring."""
+            ring_bytes = engine.ring.statistics().num_bytes
+            return engine.account.held_bytes - ring_bytes, 64 * MIB - engine.budget.left_bytes - ring_bytes
+
+        async with loader.stream(path) as stream:
+            report = await stream.report()
+            assert counted() == (8 * MIB, 8 * MIB)
+            for _ in range(3):
+                await anext(stream)
+            assert counted() == (5 * MIB, 5 * MIB)
+        assert counted() == (0, 0)
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+        assert 8 * MIB <= report.host_peak_bytes <= 64 * MIB
+
+        stream = loader.stream(path)
+        await stream.report()
+        assert counted() == (8 * MIB, 8 * MIB)
+        del stream
+        gc.collect()
+        assert counted() == (0, 0)
+
+
 def test_iterator_that_the_collector_closes_on_a_thread_of_ours_does_not_wait_for_itself(path: Path) -> None:
     iterator = ws.iter_tensors(path, config())
     next(iterator)
