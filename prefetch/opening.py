@@ -88,11 +88,15 @@ def open_regular(path: Path, resolved: Path) -> tuple[int, os.stat_result]:
         if not stat.S_ISREG(before.st_mode):
             raise CheckpointError("not a regular file", file=path, actual=stat.filemode(before.st_mode))
         fd = os.open(resolved, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            opened = os.fstat(fd)
+        except OSError:  # a server may have forgotten it by now
+            os.close(fd)
+            raise
     except FileNotFoundError:
         raise
     except OSError as exc:
         raise ReadError(f"cannot open the file: {exc.strerror}", file=path, actual=f"errno {exc.errno}") from exc
-    opened = os.fstat(fd)
     if identity_of(opened) != identity_of(before):
         os.close(fd)
         raise IntegrityError("the file was replaced while it was being opened", file=path)

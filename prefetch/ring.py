@@ -93,7 +93,9 @@ class Ring:
         self._is_closed = False
 
     def grow(self, num_slots: int, *, numa_node: int | None = None) -> list[Segment]:
-        """Map segments until the ring has `num_slots` usable slots, or the budget is spent; return the new ones.
+        """Map segments until the ring has `num_slots` usable slots, or there is no more; return the new ones.
+
+        There is no more when the budget is spent, or the kernel refuses to map memory.
 
         New ones lie on `numa_node`, if the kernel can arrange that: copies to a device of another node are slower.
         Slots that were written off do not count as usable but still count towards the budget: their memory is held.
@@ -107,7 +109,11 @@ class Ring:
                     count -= 1
                 if not count:
                     break
-                segment = Segment(allocate(count * self.slot_bytes, numa_node=numa_node))
+                try:
+                    segment = Segment(allocate(count * self.slot_bytes, numa_node=numa_node))
+                except OSError:  # the limits of the process or of the machine (RLIMIT_AS, overcommit)
+                    self._budget.give(count * self.slot_bytes)
+                    break
                 self._account.hold(segment.num_bytes)
                 whole = memoryview(segment.memory)
                 for offset in range(0, segment.num_bytes, self.slot_bytes):

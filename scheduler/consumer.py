@@ -11,7 +11,7 @@ import torch
 
 from weightstream.device.layout import IN_SLOT
 from weightstream.device.stage import DeviceStage
-from weightstream.errors import MemoryBudgetError
+from weightstream.errors import MemoryBudgetError, PlacementError
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.source import Source
@@ -62,6 +62,11 @@ class ConsumerSink:
 
     def prepare(self, checkpoint: Checkpoint, source: Source, files: Files) -> Prepared:
         engine = self._engine
+        if engine.config.device.device_map is not None:
+            raise PlacementError(
+                "device.device_map is for models: tensors that are delivered one by one all go to one device",
+                hint="Set device.target instead",
+            )
         ours = Delivery(engine, checkpoint, engine.default_device())
         placement, backends = ours.placement, (ours.backend,)
         decision, plan = choose(

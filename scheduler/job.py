@@ -195,9 +195,8 @@ class Job:
             self._check_stop()  # asked before there were files to stop at
             engine.limit_budget(self.fall_back)
             checkpoint, source = files.call(functools.partial(self._open, files, sink.prefetch_config))
-            with no_garbage_collection():
-                prepared = sink.prepare(checkpoint, source, files)
-                self.readiness.expect(prepared.placement.names, prepared.placement.prefixes)
+            prepared = sink.prepare(checkpoint, source, files)
+            self.readiness.expect(prepared.placement.names, prepared.placement.prefixes)
             stack.callback(prepared.placement.release)
             landing = {device for device, backend in enumerate(prepared.backends) if backend.lands}
             if landing:

@@ -20,6 +20,7 @@ from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.source import Source
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.files import Files
+from weightstream.scheduler.interpreter import no_garbage_collection
 from weightstream.scheduler.plan import Chunk, LoadPlan, make_plan
 from weightstream.scheduler.slots import chunk_bytes
 from weightstream.scheduler.strategy import ChosenStrategy, Decision
@@ -111,22 +112,24 @@ class ModelSink:
         entries = self._config.device_map
         with wanted.locating():
             default = engine.default_device() if entries is None else engine.device_map(entries)
-            placement = match(self._model, wanted.tensors, self._config, default)
+            with no_garbage_collection():
+                placement = match(self._model, wanted.tensors, self._config, default)
         backends = tuple(map(engine.backend, placement.devices))
         specs = [wanted.tensors[place.name] for place in placement.places]
 
         def make(decision: Decision) -> LoadPlan:
-            return make_plan(
-                specs,
-                placement.places,
-                lands=[backend.lands for backend in backends],
-                chunk_bytes=chunk_bytes(config.prefetch.chunk, specs, decision.strategy),
-                own_bytes=_OWN_BYTES,
-                block_bytes=_BLOCK_BYTES,
-                order=config.scheduler.order,
-                mapped=_mapped(checkpoint, backends, decision),
-                whole=whole_shards(checkpoint, side_by_side=config.scheduler.order == "model"),
-            )
+            with no_garbage_collection():
+                return make_plan(
+                    specs,
+                    placement.places,
+                    lands=[backend.lands for backend in backends],
+                    chunk_bytes=chunk_bytes(config.prefetch.chunk, specs, decision.strategy),
+                    own_bytes=_OWN_BYTES,
+                    block_bytes=_BLOCK_BYTES,
+                    order=config.scheduler.order,
+                    mapped=_mapped(checkpoint, backends, decision),
+                    whole=whole_shards(checkpoint, side_by_side=config.scheduler.order == "model"),
+                )
 
         decision, plan = choose(engine, files, checkpoint, source, specs, placement.places, backends, make)
         return Prepared(placement, backends, plan, decision)
@@ -225,7 +228,7 @@ class Delivery:
         wanted = Wanted(checkpoint, engine.config.device)
         self.specs = list(wanted.tensors.values())
         self.backend = engine.backend(device)
-        with wanted.locating():
+        with wanted.locating(), no_garbage_collection():
             self.placement = deliver(wanted.tensors, engine.config.device, device)
         self._checkpoint = checkpoint
         self._chunk = engine.config.prefetch.chunk
@@ -233,15 +236,16 @@ class Delivery:
     def plan(self, decision: Decision) -> LoadPlan:
         """Make the plan for a strategy."""
         size = chunk_bytes(self._chunk, self.specs, decision.strategy)
-        return make_plan(
-            self.specs,
-            self.placement.places,
-            lands=[self.backend.lands],
-            chunk_bytes=size,
-            own_bytes=size,
-            block_bytes=size,
-            order="file",
-            isolate_large=True,
-            mapped=_mapped(self._checkpoint, (self.backend,), decision),
-            whole=whole_shards(self._checkpoint, side_by_side=self.backend.device.type == "meta"),
-        )
+        with no_garbage_collection():
+            return make_plan(
+                self.specs,
+                self.placement.places,
+                lands=[self.backend.lands],
+                chunk_bytes=size,
+                own_bytes=size,
+                block_bytes=size,
+                order="file",
+                isolate_large=True,
+                mapped=_mapped(self._checkpoint, (self.backend,), decision),
+                whole=whole_shards(self._checkpoint, side_by_side=self.backend.device.type == "meta"),
+            )

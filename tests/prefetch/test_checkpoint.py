@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -427,6 +428,18 @@ def test_failing_read_of_the_index_is_a_read_error(folder: Path, monkeypatch: py
     monkeypatch.setattr(os, "fdopen", refuse)
     with pytest.raises(ReadError, match="cannot read the index: Input/output error: found errno 5"):
         open_checkpoint(folder)
+
+
+def test_file_that_a_server_forgets_while_it_is_opened_is_a_read_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forgotten(fd: int) -> os.stat_result:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fstat", forgotten)
+        with pytest.raises(ReadError, match="Stale file handle"):
+            open_checkpoint(folder)
 
 
 def test_file_that_is_replaced_while_it_is_opened_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

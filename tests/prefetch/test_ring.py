@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import itertools
+import mmap
 import threading
 
 import pytest
 
-from weightstream.prefetch.memory import PAGE_BYTES, Budget, MemoryAccount
+from weightstream.prefetch import ring as ring_module
+from weightstream.prefetch.memory import PAGE_BYTES, Budget, MemoryAccount, allocate
 from weightstream.prefetch.ring import Ring, RingStatistics, Slot, slot_bytes_for
 
 SLOT = 4 * PAGE_BYTES
@@ -41,6 +44,22 @@ def test_new_ring_has_nothing() -> None:
     ring = Ring(SLOT, Budget(10 * SLOT), MemoryAccount())
     assert ring.acquire_nowait() is None
     assert ring.statistics() == RingStatistics(0, 0, 0, 0, 0, 0)
+
+
+def test_memory_that_the_kernel_refuses_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget, account = Budget(100 * SLOT), MemoryAccount()
+    ring = Ring(SLOT, budget, account)
+    monkeypatch.setattr(ring_module, "_SEGMENT_BYTES", 2 * SLOT)
+    left = itertools.count(2, -1)
+
+    def allocate_two(num_bytes: int, *, numa_node: int | None = None) -> mmap.mmap:
+        if next(left) <= 0:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return allocate(num_bytes, numa_node=numa_node)
+
+    monkeypatch.setattr(ring_module, "allocate", allocate_two)
+    assert [segment.num_bytes for segment in ring.grow(9)] == [2 * SLOT, 2 * SLOT]
+    assert (ring.statistics().num_slots, budget.left_bytes, account.held_bytes) == (4, 96 * SLOT, 4 * SLOT)
 
 
 def test_slots_are_page_aligned_and_apart() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -436,11 +437,18 @@ async def test_file_system_that_does_not_say_what_it_is_ends_the_load(
     rig: Rig, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(rig.clock)
-    monkeypatch.setattr(survey, "file_system_of", lambda _: gate.pass_through())
+    collects: list[bool] = []
+
+    def hang(_: int) -> None:
+        collects.append(gc.isenabled())
+        gate.pass_through()
+
+    monkeypatch.setattr(survey, "file_system_of", hang)
     async with rig.loader(stall_s=5.0) as loader:
         with pytest.raises(LoadTimeoutError, match="did not answer in time"):
             await loader.start(on_meta(), path)
         assert rig.clock.now() == 5.0
+        assert collects == [True]  # the program's collector is not off while that hangs
         gate.open()
 
 

@@ -14,7 +14,7 @@ from tests.fakes.rig import KIB, Rig
 from tests.models import SmallNet, tensors_of
 from weightstream.api import iter_tensors
 from weightstream.config import LoaderConfig
-from weightstream.errors import MemoryBudgetError, ReadError
+from weightstream.errors import MemoryBudgetError, PlacementError, ReadError
 
 MakeRig = Callable[..., Rig]
 CHUNK = 64 * KIB
@@ -160,6 +160,13 @@ async def test_tensor_larger_than_host_memory_fits_onto_a_device(make_rig: MakeR
     path = write_in_order(tmp_path, tensors)
     async with make_rig("fake", io=io).loader(num_slots=2) as loader, loader.stream(path) as stream:
         assert_stream([item async for item in stream], tensors)
+
+
+async def test_device_map_is_refused(rig: Rig, tmp_path: Path) -> None:
+    _, path = mixed(tmp_path)
+    async with rig.loader(device_map={"": "cpu"}) as loader, loader.stream(path) as stream:
+        with pytest.raises(PlacementError, match="device_map is for models"):
+            await anext(stream)
 
 
 async def test_two_streams_at_once(rig: Rig, tmp_path: Path) -> None:
