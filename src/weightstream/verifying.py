@@ -14,7 +14,7 @@ from rich.console import Console
 
 from weightstream.config import LoaderConfig
 from weightstream.display import Display, format_bytes, format_rate
-from weightstream.errors import WeightstreamError, shown
+from weightstream.errors import shown
 from weightstream.outputs import Verification, VerifiedShard
 from weightstream.prefetch.attempts import sleeping
 from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
@@ -185,7 +185,7 @@ class _Hashing:
         )
         self._lock = threading.Lock()
         self._left = sorted(range(len(checkpoint.shards)), key=lambda number: checkpoint.shards[number].num_bytes)
-        self._error: WeightstreamError | MemoryError | None = None
+        self._error: BaseException | None = None
 
     async def run(self, update: Callable[[int, int], None]) -> None:
         """Hash everything, and say how far that is; stop if the waiting task is cancelled.
@@ -215,17 +215,17 @@ class _Hashing:
         update(total_bytes, total_bytes)
 
     def _work(self) -> None:
-        memory = memoryview(bytearray(_PIECE_BYTES))
-        while not self._stopped.is_set():
-            with self._lock:
-                if not self._left:
-                    return
-                number = self._left.pop()
-            try:
+        try:
+            memory = memoryview(bytearray(_PIECE_BYTES))
+            while not self._stopped.is_set():
+                with self._lock:
+                    if not self._left:
+                        return
+                    number = self._left.pop()
                 self._hash(number, memory)
-            except (WeightstreamError, MemoryError) as error:
-                self._error = self._error or error
-                self._stopped.set()
+        except BaseException as error:  # noqa: BLE001 (whatever it is: a digest of a part must not pass for that of a file)
+            self._error = self._error or error
+            self._stopped.set()
 
     def _hash(self, number: int, memory: memoryview) -> None:
         begun, end = self._checkpoint.hashes[number], self._checkpoint.shards[number].num_bytes
