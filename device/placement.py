@@ -15,7 +15,7 @@ import torch
 from weightstream.device.config import DeviceConfig
 from weightstream.device.names import NameRules
 from weightstream.device.targets import Subtree, Target
-from weightstream.errors import MissingKeysError, UnexpectedKeysError
+from weightstream.errors import MissingKeysError, UnexpectedKeysError, some
 
 __all__ = ["Mode", "Place", "Placement", "Stored"]
 
@@ -172,8 +172,9 @@ class Placement:
         if len(stored) < num_stored:
             said.append(f"include and exclude: {num_stored - len(stored)} of {num_stored} tensors were left out")
         if self.split_ties:
-            names = ", ".join(self.split_ties[:5])
-            said.append(f"device_map: {len(self.split_ties)} tied tensors are where their first name is: {names}")
+            said.append(
+                f"device_map: {len(self.split_ties)} tied tensors are where their first name is: {some(self.split_ties)}"
+            )
         return said
 
     def wants(self, subtree: Subtree) -> bool:
@@ -188,11 +189,10 @@ class Placement:
             (self.unexpected_keys, UnexpectedKeysError, "checkpoint", "model", "ignore_unexpected"),
         ):
             if keys:
-                names = ", ".join(map(self._both_names, keys[:5]))
                 who = f", says {says}, which loads itself" if says else ""
                 raise kind(
                     f"{len(keys)} tensors of the {side} are not in the {other}{who}",
-                    actual=names + (f" and {len(keys) - 5} more" if len(keys) > 5 else ""),
+                    actual=some(map(self._both_names, keys[:5]), total=len(keys)),
                     hint=f"device.{setting} lets single ones pass; device.strict: false lists all of them in the report",
                 )
 

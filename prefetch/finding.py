@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from weightstream.errors import CheckpointError, ReadError, UnsupportedFormatError
+from weightstream.errors import CheckpointError, ReadError, UnsupportedFormatError, some
 
 __all__ = ["Found", "find_checkpoint", "is_repository", "refuse_rivals"]
 
@@ -140,7 +140,7 @@ def _find_in_folder(folder: Path, names: list[str], variant: str | None) -> Foun
     others = _candidates(names, ("bin", "pt", "pth"))
     notes: tuple[str, ...] = ()
     if preferred and others:
-        left = _some(one.name for one in others if not one.is_shard)
+        left = some(one.name for one in others if not one.is_shard)
         notes = (
             f"format: safetensors files are there and were taken; left alone: {left or 'shards without an index'}",
         )
@@ -156,7 +156,7 @@ def _find_in_folder(folder: Path, names: list[str], variant: str | None) -> Foun
             "there are shards, and no index that says what is in them",
             file=folder,
             expected="*.index.json",
-            actual=_some(one.name for one in chosen),
+            actual=some(one.name for one in chosen),
             hint="Fetch the index too",
         )
     if not indexes:
@@ -173,7 +173,7 @@ def refuse_rivals(folder: Path, names: Iterable[str]) -> None:
     raise CheckpointError(
         "the folder holds several checkpoints",
         file=folder,
-        actual=_some(names),
+        actual=some(names),
         hint="Name one by its path, or set prefetch.variant",
     )
 
@@ -210,7 +210,7 @@ def _of_variant(folder: Path, found: list[_Candidate], variant: str | None) -> l
             "the folder has no checkpoint of this variant",
             file=folder,
             expected=f"prefetch.variant {variant}",
-            actual=_some(one.name for one in found),
+            actual=some(one.name for one in found),
         )
     return chosen
 
@@ -219,7 +219,7 @@ def _nothing_in(folder: Path, names: list[str]) -> CheckpointError:
     others = [name for name in names if name.endswith((".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"))]
     if others:
         return UnsupportedFormatError(
-            "weights in formats that cannot be loaded", file=folder, actual=_some(others), hint="Convert to safetensors"
+            "weights in formats that cannot be loaded", file=folder, actual=some(others), hint="Convert to safetensors"
         )
     trained = [name for name in names if _FILE.fullmatch(name)]
     if trained:
@@ -227,13 +227,7 @@ def _nothing_in(folder: Path, names: list[str]) -> CheckpointError:
             "no model is here, only what belongs to one (an adapter, an optimiser)",
             file=folder,
             expected=_EXPECTED,
-            actual=_some(trained),
+            actual=some(trained),
             hint="A file that is meant all the same can be named by its path",
         )
-    return CheckpointError("not a checkpoint", file=folder, expected=_EXPECTED, actual=_some(names))
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    more = len(listed) - 5
-    return " ".join(listed[:5]) + (f" and {more} more" if more > 0 else "")
+    return CheckpointError("not a checkpoint", file=folder, expected=_EXPECTED, actual=some(names))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from weightstream.errors import CheckpointError, IndexMismatchError
+from weightstream.errors import CheckpointError, IndexMismatchError, some
 from weightstream.prefetch.header import (
     MAX_HEADER_BYTES,
     MAX_STRINGS,
@@ -80,17 +80,12 @@ def check_index(
     ]
     parts: list[str] = []
     if missing:
-        some = _some([f"{name} (index: {weight_map[name]})" for name in missing[:5]], len(missing))
-        parts.append(f"{len(missing)} named in the index but in no header: {some}")
+        names = some((f"{name} (index: {weight_map[name]})" for name in missing[:5]), total=len(missing))
+        parts.append(f"{len(missing)} named in the index but in no header: {names}")
     if strangers:
-        some = _some(
-            [f"{name} (in {shard}; index: {weight_map.get(name, 'not listed')})" for name, shard in strangers[:5]],
-            len(strangers),
+        names = some(
+            (f"{name} (in {shard}; index: {weight_map.get(name, 'not listed')})" for name, shard in strangers[:5]),
+            total=len(strangers),
         )
-        parts.append(f"{len(strangers)} in a header that the index does not name there: {some}")
+        parts.append(f"{len(strangers)} in a header that the index does not name there: {names}")
     raise IndexMismatchError("index and headers disagree", file=path, actual="; ".join(parts))
-
-
-def _some(first: list[str], total: int) -> str:
-    more = total - len(first)
-    return ", ".join(first) + (f" and {more} more" if more else "")

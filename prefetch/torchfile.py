@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import NoReturn, cast
 
-from weightstream.errors import HeaderError, UnsupportedFormatError, shown
+from weightstream.errors import HeaderError, UnsupportedFormatError, some
 from weightstream.prefetch.archive import Archive
 from weightstream.prefetch.header import DTYPE_BITS, TensorSpec, read_exactly
 from weightstream.prefetch.pickles import (
@@ -202,7 +202,7 @@ def _find_tensors(value: object, file: str) -> tuple[dict[str, PickledTensor], l
             "no tensors are in the dict, nor in one inside it with a usual name",
             file=file,
             expected="name -> tensor, there or under " + ", ".join(_STATE_KEYS),
-            actual=_some(whole),
+            actual=some(whole),
             hint="Save the state_dict alone",
         )
     return _named(tensors, file), _left_out(file, None, whole, tensors)
@@ -224,7 +224,7 @@ def _left_out(file: str, inside: str | None, whole: Mapping[object, object], tak
     where = f"taken from under {inside!r} in {file}" if inside is not None else file
     if not rest:
         return [f"format: {where}"] if inside is not None else []
-    return [f"format: {where}; left out, as they are no tensors: {_some(rest)}"]
+    return [f"format: {where}; left out, as they are no tensors: {some(rest)}"]
 
 
 def _describe(name: str, tensor: PickledTensor, begins: dict[str, int], file: str, shard: int) -> TensorSpec:
@@ -258,12 +258,6 @@ def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
             return 0 in shape
         expected *= size
     return True
-
-
-def _some(keys: Mapping[object, object] | list[object]) -> str:
-    listed = [shown(str(key)) for key in keys]
-    more = len(listed) - 5
-    return ", ".join(listed[:5]) + (f" and {more} more" if more > 0 else "")
 
 
 def _refuse(what: str, file: str, expected: object, actual: object, tensor: str | None = None) -> NoReturn:

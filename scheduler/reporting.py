@@ -8,6 +8,7 @@ import torch
 
 from weightstream.device.backend import Backend
 from weightstream.device.placement import Place
+from weightstream.errors import some
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.ranks import find_ranks
 from weightstream.scheduler.ledger import Ledger
@@ -46,11 +47,11 @@ def make_report(
     told = list(fallbacks)
     own, computed = placement.loaded_themselves, placement.computed
     if own:
-        told.append(f"{len(own)} modules were loaded through hooks of their own: {_some(own)}")
+        told.append(f"{len(own)} modules were loaded through hooks of their own: {some(own)}")
     if computed:
-        told.append(f"left out, because the model computes it itself: {_some(computed)}")
+        told.append(f"left out, because the model computes it itself: {some(computed)}")
     if placement.ignored:
-        told.append(f"on one side alone, and ignored as the settings say: {_some(placement.ignored)}")
+        told.append(f"on one side alone, and ignored as the settings say: {some(placement.ignored)}")
     return LoadReport(
         checkpoint=str(checkpoint.path),
         strategy=decision.strategy,
@@ -91,7 +92,3 @@ def _dtypes(places: list[Place]) -> str:
     for place in places:
         totals[place.dtype] = totals.get(place.dtype, 0) + place.num_bytes
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(totals, key=lambda one: -totals[one]))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

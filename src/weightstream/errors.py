@@ -14,7 +14,7 @@ WeightstreamError
 ├── ReadError                  the operating system refused or broke off a read
 ├── IntegrityError             the bytes are not the ones that were promised
 ├── MemoryBudgetError          the load does not fit into host or device memory
-├── LoadTimeoutError           the load took longer than `scheduler.timeout_s`
+├── LoadTimeoutError           the load, or one read of it, took longer than the settings allow
 └── LoadCancelledError         somebody else cancelled the load that is being waited for
 
 Configuration mistakes are pydantic's `ValidationError`. Calls that make no sense (a closed `Loader`, an unknown
@@ -22,6 +22,8 @@ module name) are `RuntimeError` and `ValueError`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 __all__ = [
     "CheckpointError",
@@ -93,9 +95,7 @@ class WeightstreamError(Exception):
         if self.hint:
             text += f". {self.hint}"
         if self.partly_written:
-            names = ", ".join(shown(name) for name in self.partly_written[:5])
-            more = len(self.partly_written) - 5
-            text += f" (the model is partly written: {names}{f' and {more} more' if more > 0 else ''})"
+            text += f" (the model is partly written: {some(self.partly_written)})"
         return text
 
 
@@ -105,6 +105,13 @@ def shown(part: object, *, most: int = 1000) -> str:
     if len(text) > most:
         text = f"{text[: most // 2]} [...] {text[-most // 2 :]}"
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def some(names: Iterable[object], *, total: int | None = None) -> str:
+    """Write down the first five of many names, and how many more there are; `total`: how many in all, if not these."""
+    listed = list(names)
+    more = (len(listed) if total is None else total) - 5
+    return ", ".join(map(shown, listed[:5])) + (f" and {more} more" if more > 0 else "")
 
 
 class CheckpointError(WeightstreamError):
@@ -152,7 +159,7 @@ class ReadError(WeightstreamError):
 
 
 class IntegrityError(WeightstreamError):
-    """Raised when a file changed while it was being loaded."""
+    """Raised when bytes are not what was promised: another digest, or none to compare, or a file that changed meanwhile."""
 
 
 class MemoryBudgetError(WeightstreamError):
@@ -160,7 +167,7 @@ class MemoryBudgetError(WeightstreamError):
 
 
 class LoadTimeoutError(WeightstreamError):
-    """Raised when a load takes longer than `scheduler.timeout_s`."""
+    """Raised when a load takes longer than `scheduler.timeout_s`, or one read or file longer than `prefetch.stall_s`."""
 
 
 class LoadCancelledError(WeightstreamError):

@@ -82,7 +82,7 @@ def test_variant_that_is_not_there_is_refused(tmp_path: Path) -> None:
         CheckpointError, match=r"no checkpoint of this variant: expected prefetch\.variant bf16"
     ) as caught:
         find_checkpoint(tmp_path, variant="bf16")
-    assert caught.value.actual == f"model.fp16.safetensors {SINGLE}"
+    assert caught.value.actual == f"model.fp16.safetensors, {SINGLE}"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_variant_that_is_not_there_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_folder_with_several_candidates_is_refused_and_lists_them(tmp_path: Path, names: list[str]) -> None:
-    with pytest.raises(CheckpointError, match="several checkpoints: found {} {}. Name one by its path".format(*names)):
+    with pytest.raises(CheckpointError, match="several checkpoints: found {}, {}. Name one by its path".format(*names)):
         find_checkpoint(touch(tmp_path, names))
 
 
@@ -105,7 +105,7 @@ def test_folder_with_several_candidates_is_refused_and_lists_them(tmp_path: Path
 def test_file_beside_an_index_that_does_not_list_it_is_a_rival(tmp_path: Path, name: str) -> None:
     write_checkpoint(tmp_path, TENSORS, num_shards=2)
     write_shard(tmp_path / name, TENSORS)
-    with pytest.raises(CheckpointError, match=f"several checkpoints: found {INDEX} {name}"):
+    with pytest.raises(CheckpointError, match=f"several checkpoints: found {INDEX}, {name}"):
         open_checkpoint(tmp_path)
     for choice in (name, INDEX):
         with open_checkpoint(tmp_path / choice) as checkpoint:
@@ -121,7 +121,7 @@ def test_file_that_the_index_lists_is_a_shard_whatever_its_name(tmp_path: Path) 
 
 @pytest.mark.parametrize("shards", [SHARDS, BIN_SHARDS], ids=["safetensors", "bin"])
 def test_shards_without_their_index_are_refused(tmp_path: Path, shards: list[str]) -> None:
-    with pytest.raises(CheckpointError, match=f"no index that says what is in them: .* found {shards[0]} {shards[1]}"):
+    with pytest.raises(CheckpointError, match=f"no index that says what is in them: .* found {shards[0]}, {shards[1]}"):
         find_checkpoint(touch(tmp_path, shards))
 
 
