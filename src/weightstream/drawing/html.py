@@ -13,11 +13,23 @@ import numpy as np
 from bokeh.embed import components
 from bokeh.events import DoubleTap
 from bokeh.layouts import column
-from bokeh.models import ColumnDataSource, CustomJS, CustomJSHover, DataRange1d, FixedTicker, HoverTool, Range1d
+from bokeh.models import ColumnDataSource, CustomJS, CustomJSHover, FixedTicker, HoverTool, Range1d
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 
-from weightstream.drawing.chart import COLORS, LABELS, Bar, Chart, heading, throughput
+from weightstream.drawing.chart import (
+    COLORS,
+    FILL_ALPHA,
+    HEADROOM,
+    LABELS,
+    NUM_BINS,
+    Bar,
+    Chart,
+    heading,
+    labels_of,
+    rate_unit,
+    throughput,
+)
 from weightstream.scheduler.timeline import Timeline
 
 __all__ = ["page"]
@@ -59,13 +71,13 @@ def page(timeline: Timeline) -> str:
     span_x = Range1d(start=0, end=timeline.wall_s or 1.0, bounds=(0, timeline.wall_s or 1.0))
     panels = [_phases(timeline, span_x), _lanes(chart, span_x), _rates(timeline, span_x)]
     script, div = components(column(*panels, sizing_mode="stretch_width"))
-    kinds = [kind for kind in LABELS if any(bar.span.kind == kind for bar in chart.bars)]
-    labels = {COLORS[kind]: LABELS[kind] for kind in kinds} | {COLORS["other"]: "other"}
-    keys = [f'<span class="key" style="background:{color}"></span>{label}' for color, label in labels.items()]
+    keys = [
+        f'<span class="key" style="background:{color}"></span>{label}' for color, label in labels_of(timeline).items()
+    ]
     return _PAGE.substitute(
         title=html.escape(title),
         subtitle=html.escape(subtitle),
-        keys="".join(keys),
+        keys=" ".join(keys),
         script_bokeh=Resources(mode="inline", components=["bokeh"]).render_js(),
         div=div,
         script=script,
@@ -124,8 +136,8 @@ def _lanes(chart: Chart, span_x: Range1d) -> figure:
             bottom="bottom",
             top="top",
             color=COLORS[kind],
-            line_color="white",
-            line_width=0.3,
+            fill_alpha=FILL_ALPHA,
+            line_width=0.5,
             source=ColumnDataSource(_columns(bars, files)),
         )
         more = "" if kind == "preflight" else _TOLD
@@ -157,20 +169,30 @@ def _columns(bars: list[Bar], files: list[str]) -> dict[str, Any]:
 
 
 def _rates(timeline: Timeline, span_x: Range1d) -> figure:
-    panel = _panel(_RATES_PX, span_x, y_range=DataRange1d(start=0), x_axis_label=_SECONDS, y_axis_label="GB/s")
+    series = throughput(timeline)
+    most_per_s = max((max(bytes_per_s) for bytes_per_s in series.values()), default=0.0)
+    unit, unit_per_s = rate_unit(most_per_s)
+    span_y = Range1d(start=0, end=HEADROOM * most_per_s / unit_per_s or 1.0)
+    panel = _panel(_RATES_PX, span_x, y_range=span_y, x_axis_label=_SECONDS, y_axis_label=unit)
     panel.ygrid.visible = True
     colors = {"disk": COLORS["read"], "bus": COLORS["copy"]}
-    for name, bytes_per_s in throughput(timeline).items():
-        width_s = timeline.wall_s / len(bytes_per_s)
-        middles = [(number + 0.5) * width_s for number in range(len(bytes_per_s))]
-        source = ColumnDataSource({"x": middles, "rate": [rate / 1e9 for rate in bytes_per_s]})
-        line = panel.step(
-            "x", "rate", mode="center", color=colors[name], line_width=2, legend_label=name, source=source
-        )
-        panel.add_tools(HoverTool(renderers=[line], mode="vline", tooltips=f"{name}: @rate{{0.00}} GB/s"))
+    width_s = timeline.wall_s / NUM_BINS
+    # Lines with corners: bokeh's own steps tell the mouse nothing.
+    edges = [number * width_s for number in range(NUM_BINS + 1) for _ in range(2)][1:-1]
+    rates = {name: [rate / unit_per_s for rate in series[name] for _ in range(2)] for name in series}
+    source = ColumnDataSource({"x": edges, **rates})
+    lines = [
+        panel.line("x", name, color=colors[name], line_width=2, legend_label=name, source=source) for name in series
+    ]
+    if lines:  # one of them tells about all: two tooltips would cover each other
+        tooltips = "<br>".join(f"{name}: @{name}{{0.00}} {unit}" for name in series)
+        panel.add_tools(HoverTool(renderers=[lines[0]], mode="vline", line_policy="none", tooltips=tooltips))
     if panel.legend:
         panel.legend.orientation = "horizontal"
-        panel.legend.background_fill_alpha = 0.7
+        panel.legend.background_fill_alpha = 0
+        panel.legend.location = "top_right"
+        panel.legend.spacing = 14
+        panel.legend.margin = 2
         panel.legend.border_line_color = None
     return panel
 

@@ -10,11 +10,12 @@ import io
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from weightstream.display import format_rate
-from weightstream.drawing.chart import COLORS, LABELS, Chart, heading, throughput
+from weightstream.drawing.chart import COLORS, FILL_ALPHA, HEADROOM, LABELS, Chart, heading, labels_of, throughput
 from weightstream.scheduler.timeline import Timeline
 
 __all__ = ["picture"]
@@ -28,7 +29,11 @@ def picture(timeline: Timeline) -> bytes:
     """Return a PNG file."""
     chart = Chart.of(timeline)
     lanes_in = max(1.0, _LANE_IN * chart.height)
-    figure = Figure(figsize=(_WIDTH_IN, _AROUND_IN + _PHASES_IN + lanes_in + _RATES_IN), dpi=_DPI, layout="constrained")
+    figure = Figure(
+        figsize=(_WIDTH_IN, _AROUND_IN + _PHASES_IN + lanes_in + _RATES_IN),
+        dpi=_DPI,
+        layout=ConstrainedLayoutEngine(h_pad=0.07),
+    )
     phases, lanes, rates = figure.subplots(
         3, 1, sharex=True, gridspec_kw={"height_ratios": [_PHASES_IN, lanes_in, _RATES_IN]}
     )
@@ -39,11 +44,8 @@ def picture(timeline: Timeline) -> bytes:
     _draw_lanes(lanes, chart)
     _draw_rates(rates, timeline)
     rates.set_xlim(0, timeline.wall_s or 1.0)
-    kinds = {bar.span.kind for bar in chart.bars}
-    patches = [Patch(color=COLORS[kind], label=label) for kind, label in LABELS.items() if kind in kinds]
-    if any(phase.name == "other" for phase in timeline.phases):
-        patches.append(Patch(color=COLORS["other"], label="other"))
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=9, frameon=False)
+    patches = [Patch(color=color, label=label) for color, label in labels_of(timeline).items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=max(1, len(patches)), fontsize=9, frameon=False)
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
@@ -68,7 +70,9 @@ def _draw_lanes(axes: Axes, chart: Chart) -> None:
             for bar in chart.bars
             if bar.span.kind == kind
         ]
-        axes.add_collection(PolyCollection(boxes, facecolors=COLORS[kind], edgecolors="white", linewidths=0.2))
+        axes.add_collection(
+            PolyCollection(boxes, facecolors=(COLORS[kind], FILL_ALPHA), edgecolors=COLORS[kind], linewidths=0.3)
+        )
     axes.set_ylim(0, max(chart.height, 1.0))
     axes.set_yticks([middle for _, middle in chart.lanes], [lane for lane, _ in chart.lanes], fontsize=9)
     axes.tick_params(left=False, bottom=False)
@@ -76,11 +80,13 @@ def _draw_lanes(axes: Axes, chart: Chart) -> None:
 
 def _draw_rates(axes: Axes, timeline: Timeline) -> None:
     colors = {"disk": COLORS["read"], "bus": COLORS["copy"]}
-    for name, bytes_per_s in throughput(timeline).items():
+    series = throughput(timeline)
+    most_per_s = max((max(bytes_per_s) for bytes_per_s in series.values()), default=0.0)
+    for name, bytes_per_s in series.items():
         width_s = timeline.wall_s / len(bytes_per_s)
         edges = [number * width_s for number in range(len(bytes_per_s) + 1)]
         axes.stairs(bytes_per_s, edges, color=colors[name], label=name, linewidth=1.4)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, HEADROOM * most_per_s or 1.0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: format_rate(rate)))
     axes.tick_params(labelsize=9)
     axes.set_xlabel("seconds since the load began", fontsize=9)
