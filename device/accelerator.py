@@ -8,6 +8,8 @@ Stream rules. The user's stream S is read in the user's thread (`caller_streams`
 the caching allocator orders reuse of freed memory on the stream it was allocated on; before the copy stream writes to
 a block it waits for what S had been given by then. Temporaries are allocated, used and freed on the copy stream alone.
 The host sees the event behind the last copy complete before a tensor is handed to anybody, so every stream may use it.
+Who takes tensors one by one may let them go while a stream still uses them: the one that is current when a tensor is
+taken is noted with it (`used_here`).
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ __all__ = [
     "foreach_copy",
     "free_bytes",
     "on_callers_device",
+    "used_here",
 ]
 
 T = TypeVar("T")
@@ -119,6 +122,16 @@ def caller_streams() -> dict[torch.device, object]:
         torch.device(kind.type, index): torch.accelerator.current_stream(index)
         for index in range(torch.accelerator.device_count())
     }
+
+
+def used_here(tensor: torch.Tensor) -> None:
+    """Note that the calling thread's current stream uses a tensor, which may have been allocated on another one.
+
+    When the tensor is let go, the caching allocator then waits for what that stream has been given, before it hands the
+    memory out again: to the blocks that follow, for one. On the stream of its allocation this does nothing.
+    """
+    if tensor.device.type not in ("cpu", "meta"):
+        tensor.record_stream(torch.accelerator.current_stream(tensor.device))
 
 
 def free_bytes(device: torch.device) -> int | None:

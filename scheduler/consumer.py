@@ -9,6 +9,7 @@ from concurrent.futures import Future
 
 import torch
 
+from weightstream.device.accelerator import used_here
 from weightstream.device.layout import IN_SLOT
 from weightstream.device.stage import DeviceStage
 from weightstream.errors import MemoryBudgetError, PlacementError
@@ -170,7 +171,8 @@ class ConsumerSink:
     def next_nowait(self) -> tuple[str, torch.Tensor] | None:
         """Return the next tensor; or None where there is none yet, or, once `ended`, none any more.
 
-        A tensor counts as delivered from then on: its memory is the consumer's. To be called by one consumer.
+        A tensor counts as delivered from then on: its memory is the consumer's. The calling thread's current stream may
+        use it, also after it was let go. To be called by one consumer.
         """
         with self._lock:
             if not self._ready:
@@ -180,6 +182,7 @@ class ConsumerSink:
             has_room = self._let_go(block) or not self._ready
         if has_room:
             self._engine.readers.wake()
+        used_here(tensor)
         return name, tensor
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from weightstream.device import accelerator
 from weightstream.device.backend import HostBackend
 from weightstream.errors import PlacementError
 from weightstream.prefetch.arena import Arena
+from weightstream.scheduler import consumer
 from weightstream.scheduler.engine import Engine, Machine
 from weightstream.scheduler.loader import make_job
 from weightstream.scheduler.sinks import ModelSink
@@ -113,6 +115,26 @@ def test_load_goes_to_the_device_that_is_current_where_it_is_asked_for(
     job.finished.result()
     engine.close()
     assert opened == [torch.device("cuda", 1)]
+
+
+def test_stream_that_is_current_where_a_tensor_is_taken_is_noted_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Who reads on a stream of its own and lets go must not see the next block written to that memory."""
+    noted: list[object] = []
+    elsewhere = SimpleNamespace(device=torch.device("cuda", 1), record_stream=noted.append)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: f"stream of {device}")
+    accelerator.used_here(torch.zeros(2))
+    accelerator.used_here(torch.zeros(2, device="meta"))
+    assert noted == []
+    accelerator.used_here(cast("torch.Tensor", elsewhere))
+    assert noted == ["stream of cuda:1"]
+
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(consumer, "used_here", lambda tensor: threads.append(threading.current_thread()))
+    path = write_checkpoint(tmp_path / "checkpoint", {"a": torch.zeros(2), "b": torch.zeros(3)})
+    found = list(ws.iter_tensors(path, ws.LoaderConfig(device={"target": "cpu"})))  # type: ignore[arg-type]
+    assert threads == [threading.current_thread()] * len(found) == [threading.current_thread()] * 2
 
 
 @pytest.mark.parametrize("target", ["cuda", "cuda:0"])
