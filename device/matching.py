@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NoReturn
 
 import msgspec
 import torch
@@ -220,8 +221,19 @@ def _check_subtrees(found: Targets) -> None:
     """Refuse tensors that modules which load themselves would replace by tensors of another kind."""
     for subtree in found.subtrees:
         for target in subtree.targets:
-            if type(target.tensor) not in _PLAIN and target.on_meta:
-                _check_kind(target.tensor, target.name)
+            tensor = target.tensor
+            if type(tensor) not in _PLAIN and target.on_meta:
+                _check_kind(tensor, target.name)
+            if target.on_meta and (tensor._backward_hooks is not None or tensor._post_accumulate_grad_hooks):
+                _refuse_hooks(target.name)
+
+
+def _refuse_hooks(name: str) -> NoReturn:
+    raise PlacementError(
+        "the parameter is on meta and has a gradient hook, which would be lost",
+        tensor=name,
+        hint="Register hooks on parameters after loading",
+    )
 
 
 def _common_device(found: Targets, config: DeviceConfig, default: torch.device) -> torch.device:
@@ -270,12 +282,8 @@ def _place(name: str, spec: Stored, target: Target, config: DeviceConfig, device
         mode = _mode_in_place(tensor, device, config, name)
         if mode == "fill" and spec.stride is not None:
             mode = "stage"
-    elif tensor._backward_hooks is not None:
-        raise PlacementError(
-            "the parameter is on meta and has a gradient hook, which would be lost",
-            tensor=name,
-            hint="Register hooks on parameters after loading",
-        )
+    elif tensor._backward_hooks is not None or tensor._post_accumulate_grad_hooks:
+        _refuse_hooks(name)
     return Place(name, spec.num_bytes, dtype, wanted, shape, mode, target.position, target, spec.stride, index)
 
 
