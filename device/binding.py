@@ -278,14 +278,17 @@ class Binder:
             for target in subtree.targets:
                 _restore(target)
             raise PlacementError(f"{name}, which loads itself, failed: {exc}", tensor=subtree.name or None) from exc
-        for target in subtree.targets:
-            tensor = _restore(target)
-            if tensor is not None and target.tensor.is_meta:
-                if (tensor.data_ptr(), tensor.dtype, tensor.shape) not in whole:
-                    tensor = tensor.clone(memory_format=torch.contiguous_format)  # a hook's slice holds all of a block
-                self._adopt(target.tensor, tensor)
-            elif tensor is not None:  # it had storage, which `assign` does not ask for
-                target.tensor.copy_(tensor)
+        # All of them first: what is done with their contents may fail, and no parameter of the module's making may stay.
+        restored = [(target, _restore(target)) for target in subtree.targets]
+        for target, contents in restored:
+            if contents is None:
+                continue
+            if not target.tensor.is_meta:  # it had storage, which `assign` does not ask for
+                target.tensor.copy_(contents)
+            elif (contents.data_ptr(), contents.dtype, contents.shape) in whole:
+                self._adopt(target.tensor, contents)
+            else:  # a hook's slice holds all of a block
+                self._adopt(target.tensor, contents.clone(memory_format=torch.contiguous_format))
         self._note_keys(subtree, name, keys.missing_keys, keys.unexpected_keys)
         self._placement.loaded_themselves.append(name)
 

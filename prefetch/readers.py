@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Protocol
 
@@ -45,15 +46,21 @@ class ReaderPool:
     Threads are daemons, so that one that hangs in a dead file system cannot keep the process alive.
 
     Args:
-        num_workers: how many threads.
+        num_workers: how many threads. Where no more can be had than a few, those have to do.
         condition: guards the pool's state; `wake` notifies it.
         spawn: starts a daemon thread with a target and a name.
+
+    Attributes:
+        num_workers: how many there are that are not stuck.
+
+    Raises:
+        RuntimeError: not one thread can be had.
     """
 
     def __init__(
         self, num_workers: int, condition: Condition, spawn: Callable[[Callable[[], None], str], Thread]
     ) -> None:
-        self.num_workers = num_workers
+        self.num_workers = 1
         self._condition = condition
         self._spawn = spawn
         self._queues: list[ReadQueue] = []
@@ -63,8 +70,8 @@ class ReaderPool:
         self._num_started = 0
         #: Threads that are too many, because one came back that had been replaced.
         self._num_surplus = 0
-        for _ in range(num_workers):
-            self._add_thread()
+        self._add_thread()
+        self._widen(num_workers)
 
     def attach(self, queue: ReadQueue) -> None:
         with self._condition:
@@ -85,16 +92,14 @@ class ReaderPool:
     def widen(self, num_workers: int) -> None:
         """Have so many threads at least, and make idle ones look again: more reads may go on from now on."""
         with self._condition:
-            while self.num_workers < num_workers and not self._closed:
-                self.num_workers += 1
-                self._add_thread()
+            self._widen(num_workers)
             self._condition.notify_all()
 
     def replace_stuck(self, num_threads: int) -> None:
         """Start threads in place of ones that hang in the kernel. Should one return, see `come_back`."""
         with self._condition:
-            for _ in range(num_threads):
-                self._add_thread()
+            self.num_workers -= num_threads
+            self._widen(self.num_workers + num_threads)
 
     def come_back(self) -> None:
         """Say, on its thread, that a read has returned which was, or is about to be, replaced: one thread is too many."""
@@ -111,6 +116,12 @@ class ReaderPool:
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _widen(self, num_workers: int) -> None:
+        with suppress(RuntimeError):  # this may be a reader's own thread, which must not end for it
+            while self.num_workers < num_workers and not self._closed:
+                self._add_thread()
+                self.num_workers += 1
 
     def _add_thread(self) -> None:
         self._threads = [thread for thread in self._threads if thread.is_alive()]

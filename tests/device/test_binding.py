@@ -17,6 +17,7 @@ from tests.fakes.rig import Rig
 from tests.models import SmallNet, tensors_of
 from weightstream.errors import (
     DtypeMismatchError,
+    MemoryBudgetError,
     MissingKeysError,
     PlacementError,
     ReadError,
@@ -270,6 +271,28 @@ class TestModulesThatLoadThemselves:
         )
         assert_loaded(norm, stored)
         assert report.missing_keys == ()
+
+    async def test_contents_that_cannot_be_copied_leave_its_own_parameters(
+        self, make_rig: Callable[..., Rig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A hook hands out slices, which are copied, and for the first of them there is no memory left."""
+
+        def split(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+            state[f"{prefix}weight"], state[f"{prefix}bias"] = state.pop(f"{prefix}both").split([4, 1], 1)
+            state[f"{prefix}bias"] = state[f"{prefix}bias"].view(-1)
+
+        model = nn.Linear(4, 4, device="meta")
+        before_loading(model, split)
+        held = dict(model.named_parameters())
+
+        def refuse(tensor: torch.Tensor, **_: Any) -> torch.Tensor:
+            raise torch.OutOfMemoryError("no memory")
+
+        monkeypatch.setattr(torch.Tensor, "clone", refuse)
+        with pytest.raises(MemoryBudgetError):
+            await load(make_rig("host"), tmp_path, model, {"both": torch.ones(4, 5)})
+        assert all(model.get_parameter(name) is parameter for name, parameter in held.items())
+        assert all(parameter.is_meta for parameter in held.values())
 
     async def test_each_tensor_counts_once(self, rig: Rig, tmp_path: Path, where: str) -> None:
         model = nn.Sequential(nn.Linear(4, 4, device=where), nn.BatchNorm1d(4, device=where))

@@ -282,6 +282,34 @@ def test_read_is_let_go_before_the_thread_waits_again(make_pool: Pools) -> None:
     assert released.wait(LIMIT_S)
 
 
+def test_threads_that_cannot_be_had_are_done_without() -> None:
+    """A container may have so many and no more. The reader that asks for others goes on."""
+    left = [3]
+
+    def spawn(target: Callable[[], None], name: str) -> threading.Thread:
+        if not left[0]:
+            raise RuntimeError("can't start new thread")
+        left[0] -= 1
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        thread.start()
+        return thread
+
+    pool = ReaderPool(8, threading.Condition(), spawn)
+    assert pool.num_workers == 3
+    done = threading.Event()
+    pool.attach(Reads(lambda: pool.widen(5), done.set))
+    assert done.wait(LIMIT_S)
+    pool.replace_stuck(1)
+    assert pool.num_workers == 2
+    left[0] = 2
+    pool.widen(3)  # later there may be some again
+    assert (pool.num_workers, left[0]) == (3, 1)
+    pool.close(LIMIT_S)
+    left[0] = 0
+    with pytest.raises(RuntimeError, match="new thread"):
+        ReaderPool(8, threading.Condition(), spawn)
+
+
 def test_threads_are_daemons_by_the_pool_s_names(make_pool: Pools) -> None:
     pool = make_pool(2)
     pool.replace_stuck(1)
