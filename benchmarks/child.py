@@ -122,6 +122,7 @@ def _time(arm: Arm, case: Case) -> tuple[dict[str, Any], nn.Module | None]:
     on_host = 0
     if arm.begins == "allocated" and case.device.type == "cpu":
         on_host = sum(parameter.nbytes for parameter in case.model.parameters())
+    num_modules = len(sys.modules)
     reset_peak()
     before, anonymous = status_bytes("VmRSS"), status_bytes("RssAnon")
     cpu, begin = cpu_seconds(), time.perf_counter()
@@ -132,6 +133,7 @@ def _time(arm: Arm, case: Case) -> tuple[dict[str, Any], nn.Module | None]:
     return {
         "wall_s": wall if case.wall_s is None else case.wall_s,
         "cpu_s": cpu,
+        "num_imports": len(sys.modules) - num_modules,
         "peak_bytes": status_bytes("VmHWM") - before + on_host,
         "anonymous_bytes": status_bytes("RssAnon") - anonymous + on_host,
     }, model

@@ -12,6 +12,8 @@ __all__ = ["Row", "ceiling_of", "comparison", "rows_of", "table"]
 
 #: The arms of ours that the others are compared with, and what their columns are called.
 REFERENCES = {"ws-stream": "stream", "ws-map": "map", "ws-again": "warm Loader", "ws-llama": "weightstream"}
+#: An arm that imports more modules than this during its load is named: they should be among its `imports`.
+_FEW_IMPORTS = 5
 _CHUNK_BYTES = 16 * 2**20
 
 EXPLANATION = """\
@@ -93,7 +95,7 @@ def comparison(document: Mapping[str, Any]) -> str:
         rows = rows_of(series)
         if rows:
             parts += [_heading(name, cache, series, rows), _setting_table(rows, on_device=device is not None)]
-        parts += [_missing(series)]
+        parts += [_missing(series), _importing(series)]
     copy = " (or of the raw copy to the device, where that takes longer)" if device else ""
     return "\n\n".join(part for part in [*parts, EXPLANATION.format(copy=copy).strip()] if part) + "\n"
 
@@ -168,6 +170,17 @@ def seconds(summary: Summary | None) -> str:
 def _missing(series: Iterable[Mapping[str, Any]]) -> str:
     lines = [f"- {one['title']} (`{one['arm']}`): {one['reason']}" for one in series if one["reason"]]
     return "\n".join(["Not measured, or not as often as the others:", "", *lines]) if lines else ""
+
+
+def _importing(series: Iterable[Mapping[str, Any]]) -> str:
+    """Name the arms whose clock had much in it that is no part of a load."""
+    most = {
+        f"{one['title']} (`{one['arm']}`)": max(result.get("num_imports", 0) for result in one["results"])
+        for one in series
+        if one["results"]
+    }
+    lines = [f"- {arm}: {count} modules" for arm, count in most.items() if count > _FEW_IMPORTS]
+    return "\n".join(["Modules were imported while the clock ran:", "", *lines]) if lines else ""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -83,6 +83,14 @@ def test_what_was_not_measured_is_listed_with_its_reason() -> None:
     assert "- title of runai (`runai`): runai-model-streamer is not installed" in text
 
 
+def test_imports_within_a_clock_are_named() -> None:
+    text = compared(
+        series("accelerate", result(1.0) | {"num_imports": 5}), series("late", result(1.0) | {"num_imports": 480})
+    )
+    assert text.count("modules\n") == 1
+    assert "- title of late (`late`): 480 modules" in text
+
+
 def test_on_a_device_copies_are_counted_for_each_chunk() -> None:
     ours = series("ws-stream", result(1.0, num_copies=15), group="weightstream")
     assert cells(compared(ours, gpu="a card"), "ws-stream")["copies / chunk"] == "1.50"
