@@ -47,15 +47,27 @@ install() { # ENVIRONMENT REQUIREMENT...
     timeout "$(left_s)" "$python" -m pip --python "$environment/bin/python" install "${options[@]}" "$@"
 }
 
+own='import sysconfig; print(sysconfig.get_path("purelib"))' # where an environment's packages are
+environment() { # ENVIRONMENT FOLDER...: a new one, with the packages of those folders behind its own
+    local environment=$1 folder
+    shift
+    "$python" -m venv --without-pip --clear "$environment"
+    for folder in "$@"; do
+        printf 'import site; site.addsitedir("%s")\n' "$folder"
+    done >"$("$environment/bin/python" -c "$own")/behind.pth"
+}
+
 step install
-venv_options=(--without-pip --clear)
+# Where PYTHON's packages are, if its torch is to be used. --system-site-packages would not find them where PYTHON is of an
+# environment itself, or where they are the user's.
+behind=()
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
-    venv_options+=(--system-site-packages)
+    mapfile -t behind < <("$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")')
 fi
 main=$scratch/venv
 other=$scratch/venv-prefetch
 mkdir -p "$scratch"
-"$python" -m venv "${venv_options[@]}" "$main"
+environment "$main" "${behind[@]}"
 install "$main" 'setuptools>=77'
 install "$main" --no-build-isolation -e '.[test,bench-cuda]' || {
     (($(left_s) > 100)) || die "there is no time left after installing; BUDGET_S=900 gives more"
@@ -67,15 +79,8 @@ install "$main" --no-build-isolation -e '.[test,bench-cuda]' || {
 
 # safetensors 0.9 in an environment that has its own, and the main one's packages behind it.
 pythons=()
-"$python" -m venv --without-pip --clear "$other"
+environment "$other" "$("$main/bin/python" -c "$own")"
 if install "$other" --no-deps 'safetensors==0.9.0rc1'; then
-    packages='import sysconfig; print(sysconfig.get_path("purelib"))'
-    printf 'import site; site.addsitedir("%s")\n' "$("$main/bin/python" -c "$packages")" \
-        >"$("$other/bin/python" -c "$packages")/main.pth"
-    if [[ ${venv_options[*]} == *system-site-packages* ]]; then
-        "$python" -c 'import site; print(*(f"import site; site.addsitedir({p!r})" for p in site.getsitepackages()), sep="\n")' \
-            >>"$("$other/bin/python" -c "$packages")/main.pth"
-    fi
     pythons=(--python "prefetch=$other/bin/python")
 else
     printf 'gpu.sh: safetensors 0.9.0rc1 cannot be installed; the comparison goes on without its prefetch\n' >&2
