@@ -4,8 +4,9 @@ Run: python -m benchmarks [compare | growth] [options]. `make bench` installs th
 
 `compare` loads a checkpoint of many small tensors, one of few large ones, and one of transformers' own models, each in
 and out of the page cache, with every loader that is installed. `growth` loads ever more tensors, and ever more bytes.
-Both print tables in Markdown and save them, with every measurement as JSON and with charts as PNG. The machine must be
-quiet. The checkpoints stay in `--folder` for the next time.
+Both print tables in Markdown and save them, with every measurement as JSON and with charts as PNG; so they do after
+Ctrl-C, of what was measured until then. The machine must be quiet. The checkpoints stay in `--folder` for the next time.
+`python -m benchmarks.sources` is about `io: auto`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import math
+import signal
 import sys
 import tempfile
 import time
@@ -39,10 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = options.device = "cuda:0" if options.device == "cuda" else options.device
     if device.startswith("cuda") and not _has_cuda():
         sys.exit(f"there is no CUDA device for --device {device}")
-    if options.command == "growth":
-        series, finish = _growth(options), _finish_growth
-    else:
-        series, finish = _compare(options), _finish_comparison
+    prepare, finish = (_growth, _finish_growth) if options.command == "growth" else (_compare, _finish_comparison)
+    try:
+        series = prepare(options)
+    except OSError as error:  # a full disk, most often
+        sys.exit(f"a checkpoint cannot be written: {error}")
     about = machine.describe(options.folder, device)
     output: Path = options.output or machine.ROOT / "benchmarks" / "results" / machine.folder_name(about)
     output.mkdir(parents=True, exist_ok=True)
@@ -53,14 +56,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def save() -> None:
         (output / f"{options.command}.json").write_text(json.dumps(document(), indent=1) + "\n")
 
-    measure_all(
-        series,
-        num_runs=options.runs,
-        deadline_s=deadline_s,
-        timeout_s=options.timeout_s,
-        pythons=dict(pair.split("=", 1) for pair in options.python),
-        save=save,
-    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` sends it
+    is_interrupted = False
+    try:
+        measure_all(
+            series,
+            num_runs=options.runs,
+            deadline_s=deadline_s,
+            timeout_s=options.timeout_s,
+            pythons=dict(pair.split("=", 1) for pair in options.python),
+            save=save,
+        )
+    except KeyboardInterrupt:
+        is_interrupted = True
     save()
     text = finish(document(), output)
     (output / f"{options.command}.md").write_text(text)
@@ -68,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"saved in {output}", file=sys.stderr)
     if not any(one.results for one in series):
         sys.exit("nothing was measured")
+    if is_interrupted:
+        print("interrupted: not everything was measured", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _parser() -> argparse.ArgumentParser:

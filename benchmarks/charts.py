@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.growth import Growth
 from benchmarks.summary import Summary
-from benchmarks.tables import Row, ceiling_of, rows_of
+from benchmarks.tables import Row, ceiling_of, rows_of, seconds
 
 __all__ = ["draw_comparison", "draw_growth"]
 
@@ -62,7 +62,7 @@ def _draw_panel(axis: Any, rows: Sequence[Row]) -> None:  # noqa: ANN401
             _draw_point(axis, row.load, place, colour, marker="o", hollow=True)
         _draw_point(axis, row.real, place, colour, marker="o" if row.filled else "D", hollow=False)
         axis.annotate(
-            f"{row.real.median:.2f}",
+            seconds(row.real).partition(" ")[0],
             (row.real.high, place),
             xytext=(6, 0),
             textcoords="offset points",

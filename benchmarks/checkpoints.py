@@ -126,7 +126,12 @@ def write(recipe: Recipe, folder: Path) -> Path:
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     else:
         shapes = {f"layers.{layer}.experts.{e}.{name}.weight": shape for layer, e, name, shape in _experts(recipe)}
-    _write_shards(target, shapes, recipe.num_shards)
+    try:
+        _write_shards(target, shapes, recipe.num_shards)
+    except OSError:
+        for shard in shards_of(target):  # a disk that is full stays so otherwise
+            shard.unlink()
+        raise
     return target
 
 
