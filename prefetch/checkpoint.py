@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -86,8 +87,9 @@ class Checkpoint:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            for shard in self.shards:
-                os.close(shard.fd)
+            with ExitStack() as stack:  # all of them, also if one makes trouble
+                for shard in self.shards:
+                    stack.callback(os.close, shard.fd)
 
     def __enter__(self) -> Self:
         return self

@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -151,9 +152,9 @@ class FileSource:
 
     def close(self) -> None:
         """Close the descriptors that this source opened. No read may be in progress."""
-        with self._lock:
+        with self._lock, ExitStack() as stack:  # all of them, also if one makes trouble
             for fd in self._opened.values():
-                os.close(fd)
+                stack.callback(os.close, fd)
             self._opened.clear()
             self._direct_fds.clear()
 

@@ -13,10 +13,13 @@ from contextlib import ExitStack
 from typing import TypeVar, cast
 
 from weightstream.errors import LoadTimeoutError
+from weightstream.ranks import ranked_logger
 from weightstream.scheduler.clock import Clock
 from weightstream.scheduler.stragglers import Stragglers
 
 __all__ = ["GRACE_S", "Files"]
+
+logger = ranked_logger(__name__)
 
 T = TypeVar("T")
 
@@ -171,7 +174,10 @@ class Files:
                 self._action, self._result, self._error = None, result, error
                 del result, error
                 self._condition.notify_all()
-        self.opened.close()
+        try:
+            self.opened.close()
+        except Exception:  # they are closed all the same, and were only read from: nothing is lost
+            logger.warning("the file system complained when files were closed", exc_info=True)
         with self._condition:
             self._result = self._error = None
             self._is_closed = True

@@ -430,6 +430,16 @@ def test_failing_read_of_the_index_is_a_read_error(folder: Path, monkeypatch: py
         open_checkpoint(folder)
 
 
+def test_descriptor_that_cannot_be_closed_keeps_no_other_open(folder: Path) -> None:
+    opened = open_checkpoint(folder)
+    os.close(opened.shards[0].fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        opened.close()
+    for shard in opened.shards:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(shard.fd)
+
+
 def test_file_that_a_server_forgets_while_it_is_opened_is_a_read_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

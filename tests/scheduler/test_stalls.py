@@ -505,6 +505,31 @@ async def test_closing_that_hangs_is_not_waited_for(
                 rig.clock.sleep(1.0)
 
 
+async def test_closing_that_fails_fails_no_load_and_keeps_nobody_waiting(
+    make_rig: MakeRig,
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """close(2) may say that it could not write, or that a server is gone; the descriptor is closed all the same."""
+    rig = make_rig("host")
+    close = Checkpoint.close
+
+    def fail(self: Checkpoint) -> None:
+        close(self)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Checkpoint, "close", fail)
+    model = on_meta()
+    with leaves_nothing():
+        async with rig.loader() as loader:
+            await loader.load(model, path)
+        assert rig.clock.now() == 0.0
+    assert_loaded(model, tensors)
+    assert "complained when files were closed" in caplog.text
+
+
 # With the kernel in between
 
 
