@@ -373,6 +373,8 @@ class Engine:
                 " their threads, descriptors and memory",
                 num_stuck,
             )
+        for prefault in self._prefaults:  # or files would stay mapped for as long as somebody holds on to the Loader
+            prefault.stop()
         self.readers.close(timeout_s=_END_GRACE_S)
         self._pinning.join()
         for segment in self.ring.close():  # page-locked memory must be unlocked while it is still mapped

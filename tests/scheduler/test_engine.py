@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,26 @@ from torch import nn
 
 import weightstream as ws
 from tests.builders import write_checkpoint
-from weightstream.scheduler.engine import Engine
+from weightstream.prefetch.mapping import Prefault
+from weightstream.prefetch.readers import Thread
+from weightstream.prefetch.source import ByteRange
+from weightstream.scheduler.clock import SystemClock
+from weightstream.scheduler.engine import Engine, Machine
+
+
+def test_closed_engine_holds_no_mapped_file() -> None:
+    class Idle(SystemClock):
+        """Its threads do nothing."""
+
+        def spawn(self, target: Callable[[], None], name: str) -> Thread:
+            return super().spawn(lambda: None, name)
+
+    engine = Engine(ws.LoaderConfig(), Machine(clock=Idle()))
+    work = Prefault([memoryview(bytearray(100))], [ByteRange(0, 0, 100)])
+    engine.prefault(work)
+    assert not work.is_done
+    engine.close()
+    assert work.is_done
 
 
 def test_another_platform_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
