@@ -213,7 +213,8 @@ class Engine:
         backend = next((one for one in backends if one.pinnable), backends[0])
         if strategy in ("preload", "direct"):
             landing_bytes = sum(plan.layout.bytes_on(device) for device, one in enumerate(backends) if one.lands)
-            return self._own_ring(landing_bytes, backend, slots_of_own(plan, strategy, io), on_fallback)
+            slots = slots_of_own(plan, strategy, io, num_cold=num_cold)
+            return self._own_ring(landing_bytes, backend, slots, on_fallback)
         needed = sum(
             1 for chunk in plan.chunks if chunk.transfer.slot_bytes or (io == "direct" and not chunk.is_mapped)
         )

@@ -53,16 +53,30 @@ class OwnSlots:
 
 
 def slots_of_own(
-    plan: LoadPlan, strategy: Literal["preload", "direct"], io: Literal["auto", "buffered", "direct"]
+    plan: LoadPlan,
+    strategy: Literal["preload", "direct"],
+    io: Literal["auto", "buffered", "direct"],
+    *,
+    num_cold: int | None = None,
 ) -> OwnSlots:
     """Return what ring a plan needs: a slot for every chunk that waits in one (`preload`), or one slot (`direct`).
 
     Chunks that are read directly into host memory where they stay pass through slots, too. With `preload` there is one
-    for them beside all those that are filled and wait, or everybody would wait.
+    for them beside all those that are filled and wait, or everybody would wait. What is in the page cache, or mapped,
+    is not read directly.
+
+    Args:
+        plan: what is loaded.
+        strategy: how.
+        io: how it is read.
+        num_cold: how many chunks may be read directly, unless `io` says so of all; None: not known yet.
     """
     held = sum(1 for chunk in plan.chunks if chunk.transfer.slot_bytes)
-    passing = 0 if io == "buffered" else len(plan.chunks) - held
-    whole = [chunk.num_bytes + 2 * PAGE_BYTES for chunk in plan.chunks] if io != "buffered" else []
+    passing = 0 if io == "buffered" else sum(1 for chunk in plan.chunks if not chunk.is_mapped) - held
+    if io == "auto" and num_cold is not None:
+        passing = min(passing, num_cold)
+    may_be_direct = io == "direct" or (io == "auto" and num_cold != 0)
+    whole = [chunk.num_bytes + 2 * PAGE_BYTES for chunk in plan.chunks] if may_be_direct else []
     slot_bytes = _whole_pages(max([1, *whole, *(chunk.transfer.slot_bytes for chunk in plan.chunks)]))
     if strategy == "direct":
         least = most = min(1, held + passing)

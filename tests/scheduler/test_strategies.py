@@ -15,7 +15,10 @@ import weightstream as ws
 from tests.builders import assert_same, leaves_nothing, write_checkpoint, write_in_order
 from tests.contract import REPORT_KEYS
 from tests.fakes.rig import KIB, Rig
+from tests.fakes.source import PacedSource
 from tests.models import SmallNet, tensors_of
+from weightstream.prefetch.ring import Ring
+from weightstream.scheduler.loader import Loader
 
 MakeRig = Callable[..., Rig]
 
@@ -185,6 +188,41 @@ async def test_preload_that_does_not_fit_says_what_would_do_before_anything_move
         report = await loader.load(model, path)
     assert_loaded(model, tensors)
     assert report.host_peak_bytes <= needed
+
+
+@pytest.mark.parametrize(
+    ("device", "share", "num_slots"),
+    [("host", 1.0, 0), ("host", 0.0, 8), ("fake", 1.0, 8), ("fake", 0.0, 8)],
+    ids=["host-warm", "host-cold", "fake-warm", "fake-cold"],
+)
+async def test_preload_makes_no_slot_that_nothing_passes_through(
+    make_rig: MakeRig,
+    monkeypatch: pytest.MonkeyPatch,
+    tensors: dict[str, torch.Tensor],
+    tmp_path: Path,
+    device: str,
+    share: float,
+    num_slots: int,
+) -> None:
+    """There are 8 chunks. Onto the CPU only direct reads pass, and what is in the page cache is not read directly."""
+    monkeypatch.setattr(PacedSource, "resident_shares", lambda self, wanted: [share] * len(wanted))
+    rig = make_rig(device)
+    sections: Any = {"prefetch": {"chunk": 64 * KIB}, "device": {"target": "cpu"}}
+    path = write_in_order(tmp_path, tensors)
+    model = model_for(tensors, "meta")
+    made: list[int] = []
+    grow = Ring.grow
+
+    def count(ring: Ring, num_slots: int, **options: Any) -> Any:
+        made.append(num_slots)
+        return grow(ring, num_slots, **options)
+
+    monkeypatch.setattr(Ring, "grow", count)
+    async with Loader(ws.LoaderConfig(strategy="preload", **sections), machine=rig.machine) as loader:
+        report = await loader.load(model, path)
+    assert_loaded(model, tensors)
+    assert report.strategy == "preload"
+    assert sum(made) == num_slots
 
 
 async def test_preload_for_a_consumer_needs_room_for_everything(
