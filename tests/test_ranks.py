@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 import subprocess
@@ -76,6 +78,50 @@ def test_lines_and_report_of_a_load_say_the_rank(
     for record in ours:
         assert record.getMessage().startswith("[rank 1 of 4] ")
         assert vars(record).items() >= {"rank": 1, "world_size": 4}.items()
+
+
+@pytest.mark.parametrize(
+    ("on_this_host", "strategy", "share"),
+    [
+        (None, "direct", "free for 2 ranks"),
+        ("2", "direct", "free for 2 ranks"),
+        ("1", "stream", "of host memory free)"),
+    ],
+    ids=["as many as there are", "two on this host", "one on each of two hosts"],
+)
+def test_two_processes_load_the_same_checkpoint_and_each_says_which_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, on_this_host: str | None, strategy: str, share: str
+) -> None:
+    """The free memory would do for one of them: weights that are cast to twice their size, and a ring."""
+    weights = {"weight": torch.randn(64, 64), "bias": torch.randn(64)}
+    stored = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    path = write_checkpoint(tmp_path / "checkpoint", stored)
+    free_bytes = sum(tensor.nbytes for tensor in stored.values()) * 7 // 2
+    if on_this_host is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", on_this_host)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    program, store = ROOT / "tests" / "rank_process.py", tmp_path / "store"
+    commands = [[sys.executable, str(program), str(store), rank, "2", str(path), str(free_bytes)] for rank in "01"]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands
+    ]
+    try:
+        ended = [process.communicate(timeout=100) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, (process, (output, errors)) in enumerate(zip(processes, ended, strict=True)):
+        assert process.returncode == 0, errors
+        found = json.loads(output)
+        report = found["report"]
+        assert (report["rank"], report["world_size"], report["strategy"]) == (rank, 2, strategy)
+        assert share in report["reason"]
+        assert any("loaded 2 tensors" in line for line, *_ in found["lines"])
+        for line, *carried in found["lines"]:
+            assert line.startswith(f"[rank {rank} of 2] ")
+            assert carried == [rank, 2]
+        loaded = b"".join(tensor.float().numpy().tobytes() for tensor in stored.values())
+        assert found["digest"] == hashlib.sha256(loaded).hexdigest()
 
 
 def test_process_that_is_alone_says_nothing_of_ranks(
