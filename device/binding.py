@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from weightstream.device.accelerator import foreach_copy
+from weightstream.device.exchange import exchange as _exchange
 from weightstream.device.placement import Place, Placement
 from weightstream.device.sharded import is_sharded, local_parts, split_like
 from weightstream.device.stage import DeviceStage
@@ -32,11 +33,6 @@ from weightstream.ranks import ranked_logger
 __all__ = ["Binder"]
 
 logger = ranked_logger(__name__)
-
-_exchange = cast(
-    "Callable[[torch.Tensor, torch.Tensor], None]",
-    torch._C._swap_tensor_impl,  # pyright: ignore[reportUnknownMemberType]  # what `swap_tensors` is made of
-)
 
 
 class Binder:

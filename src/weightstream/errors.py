@@ -17,6 +17,9 @@ WeightstreamError
 ├── LoadTimeoutError           the load, or one read of it, took longer than the settings allow
 └── LoadCancelledError         somebody else cancelled the load that is being waited for
 
+What is wrong with a checkpoint, or does not fit, can be caught as a ValueError too, and names and shapes that do not fit
+as a RuntimeError: that is what accelerate's functions and torch's `load_state_dict` raise for it.
+
 Configuration mistakes are pydantic's `ValidationError`. Calls that make no sense (a closed `Loader`, an unknown
 module name) are `RuntimeError` and `ValueError`.
 """
@@ -114,7 +117,7 @@ def some(names: Iterable[object], *, total: int | None = None) -> str:
     return ", ".join(map(shown, listed[:5])) + (f" and {more} more" if more > 0 else "")
 
 
-class CheckpointError(WeightstreamError):
+class CheckpointError(WeightstreamError, ValueError):
     """Raised when what is on disk is not a usable checkpoint."""
 
 
@@ -134,11 +137,11 @@ class UnsupportedFormatError(CheckpointError):
     """Raised when a checkpoint's format, or the dtype of one of its tensors, cannot be loaded."""
 
 
-class PlacementError(WeightstreamError):
+class PlacementError(WeightstreamError, ValueError):
     """Raised when a checkpoint cannot be placed into a model on the device asked for."""
 
 
-class ShapeMismatchError(PlacementError):
+class ShapeMismatchError(PlacementError, RuntimeError):
     """Raised when a tensor has another shape in the checkpoint than in the model."""
 
 
@@ -146,11 +149,11 @@ class DtypeMismatchError(PlacementError):
     """Raised when a tensor's dtype differs from the model's and no cast is allowed between the two."""
 
 
-class MissingKeysError(PlacementError):
+class MissingKeysError(PlacementError, RuntimeError):
     """Raised, with `device.strict`, when the model has persistent tensors that the checkpoint lacks."""
 
 
-class UnexpectedKeysError(PlacementError):
+class UnexpectedKeysError(PlacementError, RuntimeError):
     """Raised, with `device.strict`, when the checkpoint has tensors that the model lacks."""
 
 

@@ -185,7 +185,6 @@ async def test_inside_a_running_event_loop(tmp_path: Path) -> None:
     "options",
     [
         {"device_map": {"": "disk"}, "offload_folder": "somewhere"},
-        {"keep_in_fp32_modules": ["norm"]},
         {"offload_8bit_bnb": True},
         {"full_state_dict": False},
         {"broadcast_from_rank0": True},

@@ -1,31 +1,42 @@
 """A drop-in for accelerate's `load_checkpoint_in_model`: the same signature, and the same model afterwards.
 
-Does not import accelerate. What its function can do and this one cannot is an error that says so.
+Does not import accelerate. What its function can do and this one cannot is an error that says so. docs/integrations/accelerate.md
+has a table of every argument.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from weightstream.api import load_sync
 from weightstream.config import LoaderConfig
-from weightstream.device.config import DeviceConfig, Pattern
+from weightstream.device.accelerator import find_device
+from weightstream.device.config import DeviceConfig
+from weightstream.device.devicemap import DeviceMap
+from weightstream.device.dtypes import CASTABLE
+from weightstream.device.exchange import exchange
+from weightstream.device.targets import Targets, find_targets
 from weightstream.errors import PlacementError
 from weightstream.ranks import ranked_logger
+from weightstream.scheduler.report import LoadReport
 
 __all__ = ["load_checkpoint_in_model"]
 
 logger = ranked_logger(__name__)
 
+Device = int | str | torch.device
+
 
 def load_checkpoint_in_model(  # noqa: PLR0913, PLR0917 (the signature is accelerate's)
     model: nn.Module,
     checkpoint: str | os.PathLike[str],
-    device_map: Mapping[str, int | str | torch.device] | None = None,
+    device_map: Mapping[str, Device] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,  # noqa: ARG001 (nothing is offloaded)
     dtype: str | torch.dtype | None = None,
     offload_state_dict: bool = False,  # noqa: ARG001, FBT001, FBT002
@@ -41,14 +52,17 @@ def load_checkpoint_in_model(  # noqa: PLR0913, PLR0917 (the signature is accele
     May be called where an event loop runs: it blocks that loop.
 
     Args:
-        model: on meta or materialised.
+        model: on meta or materialised. With a `device_map`, what has storage elsewhere, or of another dtype than asked for,
+            is moved and cast; what it had is kept until the load has ended.
         checkpoint: a folder, an `*.index.json` or a file.
-        device_map: devices by name of module; see `device.device_map`. None: parameters on meta go to the CPU.
+        device_map: devices by name of module; see `device.device_map`. Every tensor of the model needs one. None: parameters
+            on meta go to the CPU, the others stay where they are.
         offload_folder: for modules on `disk`, which are refused.
-        offload_buffers: likewise.
-        dtype: for floating-point tensors on meta, with a `device_map`; accelerate ignores it without one.
+        dtype: for what the model declares as a floating-point tensor, with a `device_map`; accelerate ignores it without
+            one.
         offload_state_dict: bounds host memory in accelerate. It is bounded here in any case.
-        keep_in_fp32_modules: refused.
+        offload_buffers: likewise for modules on `disk`.
+        keep_in_fp32_modules: with `dtype` float16, names of modules or tensors that become float32 instead.
         offload_8bit_bnb: refused.
         strict: fail for names that the model lacks, and, without a `device_map`, for those that the checkpoint lacks.
         full_state_dict: False is refused.
@@ -60,7 +74,6 @@ def load_checkpoint_in_model(  # noqa: PLR0913, PLR0917 (the signature is accele
     """
     refused = {
         'device_map with "disk"': device_map is not None and "disk" in device_map.values(),
-        "keep_in_fp32_modules": bool(keep_in_fp32_modules),
         "offload_8bit_bnb": offload_8bit_bnb,
         "full_state_dict=False": not full_state_dict,
         "broadcast_from_rank0": broadcast_from_rank0,
@@ -70,22 +83,123 @@ def load_checkpoint_in_model(  # noqa: PLR0913, PLR0917 (the signature is accele
             raise PlacementError(
                 f"load_checkpoint_in_model: {what} is not supported here", hint="Use accelerate's own function for it"
             )
-    config = _device_config(model, device_map, dtype, strict=strict)
-    report = load_sync(model, checkpoint, config=LoaderConfig(device=config), device_map=device_map)
-    if report.unexpected_keys:
-        logger.warning(
-            "%d tensors of %s are not in %s and were not used: %s",
-            *(len(report.unexpected_keys), checkpoint, type(model).__name__, ", ".join(report.unexpected_keys[:5])),
-        )
-
-
-def _device_config(
-    model: nn.Module, device_map: Mapping[str, object] | None, dtype: str | torch.dtype | None, *, strict: bool
-) -> DeviceConfig:
+    path = _only_index(Path(checkpoint))
     if device_map is None:
         # What is on meta takes the checkpoint's dtype, on the CPU; what has storage keeps its own.
         on_meta = all(parameter.is_meta for parameter in model.parameters())
-        return DeviceConfig(target="cpu" if on_meta else "auto", dtype="checkpoint", strict=strict)
-    name = "model" if dtype is None else str(dtype).removeprefix("torch.")
-    ignored: tuple[Pattern, ...] = (".",)
-    return DeviceConfig.model_validate({"dtype": name, "strict": strict, "ignore_missing": ignored})
+        config = DeviceConfig(target="cpu" if on_meta else "auto", dtype="checkpoint", strict=strict)
+        report = load_sync(model, path, config=LoaderConfig(device=config))
+    else:
+        report = _load_by_map(model, path, device_map, _casts(dtype, keep_in_fp32_modules or []), strict=strict)
+    if report.unexpected_keys:
+        logger.warning(
+            "%d tensors of %s are not in %s and were not used: %s",
+            *(len(report.unexpected_keys), path, type(model).__name__, ", ".join(report.unexpected_keys[:5])),
+        )
+
+
+def _only_index(path: Path) -> Path:
+    """Return the index of a folder, whatever its name, as accelerate finds it: where there is one, and no usual file."""
+    if not path.is_dir() or any((path / name).exists() for name in ("pytorch_model.bin", "model.safetensors")):
+        return path
+    indexes = list(path.glob("*.index.json"))
+    return indexes[0] if len(indexes) == 1 else path
+
+
+Casts = Callable[[str, torch.dtype], torch.dtype]
+
+
+def _casts(asked: str | torch.dtype | None, kept: list[str]) -> Casts:
+    """Return what makes the dtype that a tensor is to have out of its name and of the one that it has."""
+    if asked is None:
+        return lambda _, declared: declared
+    dtype = getattr(torch, str(asked).removeprefix("torch."), None)
+    if dtype not in CASTABLE:
+        raise PlacementError(
+            "load_checkpoint_in_model: dtype is none that floating-point tensors can be cast to",
+            expected=", ".join(sorted(map(str, CASTABLE))),
+            actual=str(asked),
+        )
+
+    def wanted(name: str, declared: torch.dtype) -> torch.dtype:
+        if declared not in CASTABLE:
+            return declared
+        is_kept = dtype is torch.float16 and any(key == name or f"{key}." in name for key in kept)
+        return torch.float32 if is_kept else dtype
+
+    return wanted
+
+
+def _load_by_map(
+    model: nn.Module, path: Path, device_map: Mapping[str, Device], casts: Casts, *, strict: bool
+) -> LoadReport:
+    found = find_targets(model)
+    known = {*(prefix[:-1] for prefix in found.prefixes), *found.by_name, *found.own_buffers}
+    strangers = [name for name in device_map if name not in known]
+    if strangers:
+        logger.warning("device_map names what the model does not have: %s", ", ".join(strangers[:5]))
+    entries = {name: device for name, device in device_map.items() if name in known}
+    # What no checkpoint holds stays as it is: the model, or whoever made it, computes it afterwards.
+    entries |= dict.fromkeys(found.own_on_meta, "meta")
+    ignored: tuple[str, ...] = (".",)
+    config = DeviceConfig(dtype="model", strict=strict, ignore_missing=ignored).with_device_map(entries)
+    aside: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        _put_aside(found, _resolved(entries), casts, aside)
+        report = load_sync(model, path, config=LoaderConfig(device=config))
+    except BaseException:
+        for tensor, had in aside:
+            exchange(tensor, had)
+        raise
+    left = {id(found.by_name[name].tensor) for name in report.unloaded_keys}
+    for tensor, had in aside:
+        if tensor.is_meta and id(tensor) not in left:  # the checkpoint lacks it
+            exchange(tensor, had)
+    return report
+
+
+def _resolved(entries: Mapping[str, Device]) -> DeviceMap:
+    return DeviceMap(
+        {
+            name: torch.device("meta")
+            if str(device) == "meta"
+            else find_device(device if isinstance(device, int) else str(device), "device_map")
+            for name, device in entries.items()
+        }
+    )
+
+
+def _put_aside(
+    found: Targets, devices: DeviceMap, casts: Casts, aside: list[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """Put tensors on meta that are to be on another device, or of another dtype: loading makes them anew.
+
+    Args:
+        found: the model's tensors.
+        devices: where they are to be.
+        casts: what dtype they are to have.
+        aside: filled in: tensors, and what was behind them.
+    """
+    for name, target in found.by_name.items():
+        tensor = target.tensor
+        if name != target.name or not _is_plain(tensor):  # a tie, or what is refused by name later
+            continue
+        index, dtype = devices.index_of(name), casts(name, tensor.dtype)
+        device = torch.device("meta") if index is None else devices.devices[index]
+        if dtype is tensor.dtype and (tensor.is_meta or tensor.device == device):
+            continue
+        if tensor._backward_hooks is not None:  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+            raise PlacementError(
+                "the parameter is to be moved or cast and has a gradient hook, which would be lost",
+                tensor=name,
+                hint="Register hooks on parameters after loading",
+            )
+        substitute = torch.empty(tensor.shape, dtype=dtype, device="meta", requires_grad=tensor.requires_grad)
+        exchange(tensor, substitute)
+        aside.append((tensor, substitute))
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor has a shape, and memory for what it holds and no more: others are not moved."""
+    dispatches = getattr(type(tensor), "__torch_dispatch__", None) is not torch.Tensor.__torch_dispatch__
+    return not is_lazy(tensor) and not dispatches and tensor.layout is torch.strided
