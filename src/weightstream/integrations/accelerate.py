@@ -87,8 +87,9 @@ def load_checkpoint_in_model(  # noqa: PLR0913, PLR0917 (the signature is accele
     if device_map is None:
         # What is on meta takes the checkpoint's dtype, on the CPU; what has storage keeps its own.
         on_meta = all(parameter.is_meta for parameter in model.parameters())
-        config = DeviceConfig(target="cpu" if on_meta else "auto", dtype="checkpoint", strict=strict)
-        report = load_sync(model, path, config=LoaderConfig(device=config))
+        entries = {"": "cpu", **dict.fromkeys(find_targets(model).own_on_meta, "meta")} if on_meta else None
+        config = DeviceConfig(dtype="checkpoint", strict=strict)
+        report = load_sync(model, path, config=LoaderConfig(device=config), device_map=entries)
     else:
         report = _load_by_map(model, path, device_map, _casts(dtype, keep_in_fp32_modules or []), strict=strict)
     if report.unexpected_keys:
