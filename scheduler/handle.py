@@ -18,12 +18,22 @@ from weightstream.scheduler.consumer import ConsumerSink
 from weightstream.scheduler.job import Job
 from weightstream.scheduler.report import LoadReport, Progress
 
-__all__ = ["LoadHandle", "TensorStream", "events", "in_own_thread", "insist", "outlast", "settle", "stop_and_settle"]
+__all__ = [
+    "EVENT_INTERVAL_S",
+    "LoadHandle",
+    "TensorStream",
+    "events",
+    "in_own_thread",
+    "insist",
+    "outlast",
+    "settle",
+    "stop_and_settle",
+]
 
 T = TypeVar("T")
 
 #: Events at most this often: twenty a second is more than anybody can read.
-_EVENT_INTERVAL_S = 0.05
+EVENT_INTERVAL_S = 0.05
 
 #: Up to so many names are looked through on the event loop's own thread: half a millisecond's work.
 _FEW_NAMES = 5000
@@ -147,7 +157,7 @@ class LoadHandle:
         """Yield a snapshot whenever something has changed, at most twenty a second, and the last one at the end."""
         for progress in _changes(self._job):
             if progress is None:
-                await outlast(self._job.finished, timeout_s=_EVENT_INTERVAL_S)
+                await outlast(self._job.finished, timeout_s=EVENT_INTERVAL_S)
             else:
                 yield progress
 
@@ -218,7 +228,7 @@ def events(job: Job) -> Iterator[Progress]:
     """Yield what `LoadHandle.events` does, and block the calling thread in between."""
     for progress in _changes(job):
         if progress is None:
-            wait([job.finished], _EVENT_INTERVAL_S)
+            wait([job.finished], EVENT_INTERVAL_S)
         else:
             yield progress
 

@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -17,7 +18,7 @@ from weightstream.device.config import UserMap
 from weightstream.scheduler import loader as scheduler
 from weightstream.scheduler.consumer import ConsumerSink, drain
 from weightstream.scheduler.engine import Engine, Machine
-from weightstream.scheduler.handle import events, in_own_thread
+from weightstream.scheduler.handle import EVENT_INTERVAL_S, events, in_own_thread
 from weightstream.scheduler.job import Job
 from weightstream.scheduler.report import LoadReport, Progress
 from weightstream.scheduler.sinks import ModelSink
@@ -83,12 +84,24 @@ def load_sync(
         return _result(job, on_progress)
 
 
-def iter_tensors(path: Path | None = None, config: LoaderConfig | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+def iter_tensors(
+    path: Path | None = None,
+    config: LoaderConfig | None = None,
+    *,
+    on_progress: Callable[[Progress], object] | None = None,
+    recorder: Recorder | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor on `device.target`) in the order of the files, blocking. For engines with loops of their own.
 
     Readers stay ahead by at most `prefetch.host_memory` bytes. Each tensor's memory is the consumer's; small tensors
     share memory (at most `prefetch.chunk` bytes of it), so copy what you keep. Closing the iterator early stops the
     load.
+
+    Args:
+        path: as in `load`.
+        config: as in `load`.
+        on_progress: called by whoever iterates, between two tensors, at most twenty times a second, and at the end.
+        recorder: as in `load`.
 
     Raises:
         WeightstreamError: see `weightstream.errors`.
@@ -97,10 +110,15 @@ def iter_tensors(path: Path | None = None, config: LoaderConfig | None = None) -
     job: Job | None = None
     try:
         sink = ConsumerSink(engine)
-        job = scheduler.make_job(engine, path, sink, caller_streams())
+        job = scheduler.make_job(engine, path, sink, caller_streams(), recorder)
         job.start()
-        yield from drain(sink)
-        _result(job)
+        told_s = time.monotonic()
+        for item in drain(sink):
+            yield item
+            if on_progress is not None and time.monotonic() - told_s >= EVENT_INTERVAL_S:
+                told_s = time.monotonic()
+                on_progress(job.progress())
+        _result(job, on_progress)
     finally:
         ended, thread = in_own_thread(functools.partial(_end, job, engine, sys.exc_info()[0]))
         # The garbage collector closes a forgotten iterator on whatever thread it runs, even one that has to end first.

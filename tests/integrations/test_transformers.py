@@ -187,3 +187,12 @@ def test_kernels_that_a_checkpoint_names_are_not_used(tmp_path: Path, family: st
 def test_architectures_that_are_no_names_are_passed_over(llama: Path, architectures: object) -> None:
     edit_config(llama, architectures=architectures)
     assert type(build_on_meta(llama)).__name__ == "LlamaModel"
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral"])
+def test_checkpoint_that_transformers_converts_is_refused_with_the_way_to_load_it(family: str, tmp_path: Path) -> None:
+    save_small(family, tmp_path / "model", dtype=torch.float32)
+    with pytest.raises(
+        UnsupportedFormatError, match=r"transformers makes other tensors .* Load it with .*from_pretrained"
+    ):
+        build_on_meta(tmp_path / "model")

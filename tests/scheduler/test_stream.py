@@ -12,9 +12,12 @@ import torch
 from tests.builders import assert_same, leaves_nothing, write_in_order
 from tests.fakes.rig import KIB, Rig
 from tests.models import SmallNet, tensors_of
+from weightstream import api
 from weightstream.api import iter_tensors
 from weightstream.config import LoaderConfig
 from weightstream.errors import MemoryBudgetError, PlacementError, ReadError
+from weightstream.scheduler.report import Progress
+from weightstream.scheduler.timeline import Recorder
 
 MakeRig = Callable[..., Rig]
 CHUNK = 64 * KIB
@@ -201,3 +204,18 @@ class TestIterTensors:
         path = write_in_order(tmp_path, {"large": torch.zeros(1 << 20)})
         with leaves_nothing(), pytest.raises(MemoryBudgetError):
             list(iter_tensors(path, self.CONFIG))
+
+    def test_tells_how_far_it_is_and_records_what_happened(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tensors, path = equal(tmp_path, count=60)
+        monkeypatch.setattr(api, "EVENT_INTERVAL_S", 0.0)
+        told: list[Progress] = []
+        recorder = Recorder()
+        names = [name for name, _ in iter_tensors(path, self.CONFIG, on_progress=told.append, recorder=recorder)]
+        assert len(told) > len(names)  # between any two, and at the end
+        assert [one.tensors_ready for one in told] == sorted(one.tensors_ready for one in told)
+        assert (told[-1].state, told[-1].bytes_read) == ("done", told[-1].total_bytes)
+        timeline = recorder.timeline()
+        assert timeline.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
+        assert {"preflight", "read"} <= {span.kind for span in timeline.spans}

@@ -29,7 +29,7 @@ from weightstream.scheduler.job import Job
 from weightstream.scheduler.loader import make_job
 from weightstream.scheduler.sinks import ModelSink, Sink
 
-__all__ = ["Weights"]
+__all__ = ["Weights", "converted_names", "loading"]
 
 loading: Any = import_module("transformers.core_model_loading")
 _report: Any = import_module("transformers.utils.loading_report")
@@ -127,7 +127,8 @@ class Weights:
         config = self._config.model_copy(update={"device": target})
         path = self._path(files)
         with open_checkpoint(path, allow_outside_links=config.prefetch.allow_outside_links) as checkpoint:
-            groups, plain = _group(list(checkpoint.tensors), model, settings)
+            groups, converted = _group(list(checkpoint.tensors), model, settings.weight_mapping)
+        plain = not converted and all(group == name for name, group in groups.items())
         with Engine(config) as engine:
             if plain and not settings.ignore_mismatched_sizes:
                 return self._place(engine, model, path, settings)
@@ -191,24 +192,24 @@ def _info(**known: set[str]) -> Any:  # noqa: ANN401
     return _report.LoadStateDictInfo(**{**empty, "error_msgs": [], "conversion_errors": {}, **known})
 
 
-def _group(names: list[str], model: Any, settings: Any) -> tuple[dict[str, str], bool]:  # noqa: ANN401
+def converted_names(names: list[str], model: Any, rules: Any) -> list[str]:  # noqa: ANN401
+    """Return those of a checkpoint's tensors of which transformers makes others: it merges, splits or transposes them."""
+    return _group(names, model, rules)[1]
+
+
+def _group(names: list[str], model: Any, rules: Any) -> tuple[dict[str, str], list[str]]:  # noqa: ANN401
     """Return, for each tensor of the checkpoint, the name that it shares with those it has to be converted with.
 
-    And whether every tensor keeps its name, and nothing is to be converted.
+    And the names of those that are converted, beyond being renamed.
     """
-    rules = settings.weight_mapping or ()
-    renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
+    renamings = [rule for rule in rules or () if isinstance(rule, loading.WeightRenaming)]
+    converters = [rule for rule in rules or () if isinstance(rule, loading.WeightConverter)]
     rename = functools.partial(
         loading.rename_source_key, base_model_prefix=model.base_model_prefix, meta_state_dict=model.state_dict()
     )
-    groups: dict[str, str] = {}
-    plain = True
-    for name in names:
-        group, pattern = rename(name, renamings, converters)
-        groups[name] = group
-        plain = plain and group == name and pattern is None
-    return groups, plain
+    found = {name: rename(name, renamings, converters) for name in names}
+    groups = {name: group for name, (group, _) in found.items()}
+    return groups, [name for name, (_, pattern) in found.items() if pattern is not None]
 
 
 def _portions(tensors: Iterator[tuple[str, torch.Tensor]], groups: dict[str, str]) -> Iterator[dict[str, torch.Tensor]]:

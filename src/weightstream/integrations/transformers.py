@@ -17,7 +17,7 @@ from weightstream.config import LoaderConfig
 from weightstream.device.accelerator import on_callers_device
 from weightstream.device.config import DeviceConfig
 from weightstream.errors import CheckpointError, UnsupportedFormatError
-from weightstream.integrations.conversion import Weights
+from weightstream.integrations.conversion import Weights, converted_names, loading
 from weightstream.prefetch.checkpoint import open_checkpoint
 from weightstream.prefetch.finding import find_checkpoint
 from weightstream.ranks import ranked_logger
@@ -29,6 +29,7 @@ logger = ranked_logger(__name__)
 
 #: Its own annotations leave too much open to be checked against.
 transformers: Any = import_module("transformers")
+_mapping: Any = import_module("transformers.conversion_mapping")
 
 #: torch's names of the format's floating-point types; a model is declared in one of these.
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -269,13 +270,15 @@ def build_on_meta(
     Raises:
         CheckpointError: there is no checkpoint or no config.json beside it, or transformers cannot work with that.
         WeightstreamError: from opening the checkpoint, where config.json has no dtype; see `open_checkpoint`.
-        UnsupportedFormatError: the checkpoint is quantised, which takes more than the model's own modules.
+        UnsupportedFormatError: the checkpoint is quantised, which takes more than the model's own modules; or transformers
+            would convert its tensors (merge experts, for one), which only `from_pretrained` lets it do.
     """
     folder = find_checkpoint(path, variant=variant).path.parent
     config = _read_config(folder)
     wanted = dtype or config.dtype or _stored_dtype(path, variant)
     with torch.device("meta"):
         model = _make(auto_class or _architecture(config), config, wanted, folder)
+    _refuse_conversion(model, path, variant)
     _keep_in_float32(model, wanted)
     _compute_buffers(model, torch.device(device))
     module: nn.Module = model.eval()
@@ -328,6 +331,22 @@ def _make(kind: Any, config: Any, dtype: torch.dtype, folder: Path) -> Any:  # n
         raise CheckpointError(
             f"transformers cannot build {kind.__name__} from it: {error}", file=folder / "config.json"
         ) from error
+
+
+def _refuse_conversion(model: Any, path: str | os.PathLike[str], variant: str | None) -> None:  # noqa: ANN401
+    """Refuse a checkpoint of whose tensors transformers would make others. Those that it only renames are left alone."""
+    rules = _mapping.get_model_conversion_mapping(model)
+    if not any(isinstance(rule, loading.WeightConverter) for rule in rules):
+        return
+    with open_checkpoint(path, variant=variant) as checkpoint:
+        converted = converted_names(list(checkpoint.tensors), model, rules)
+    if converted:
+        raise UnsupportedFormatError(
+            f"transformers makes other tensors of {len(converted)} of this checkpoint's, and a load takes them as they are",
+            file=path,
+            tensor=converted[0],
+            hint="Load it with weightstream.integrations.transformers.from_pretrained, which lets transformers convert them",
+        )
 
 
 def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:  # noqa: ANN401
