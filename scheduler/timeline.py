@@ -91,7 +91,9 @@ class Recorder:
         self._about = ("", "")
         self._files: Sequence[str] = ()
         self._since_s = 0.0
-        self._phases: list[Phase] = []
+        self._phases: list[tuple[str, float]] = []
+        self._waits_for = ""
+        self._until_s = 0.0
         self._reads: list[tuple[Chunk, str, float, float, float, int]] = []
         self._hashed: list[tuple[Chunk, str, float, float]] = []
         self._submits: list[tuple[Chunk, float, float, bool]] = []
@@ -113,10 +115,11 @@ class Recorder:
         self._about, self._files = (checkpoint, device), files
 
     def phase(self, name: str, begin_s: float, end_s: float) -> None:
-        """Note what was waited for, under the lock of the load's flow."""
-        if self._phases and self._phases[-1].name == name:
-            begin_s = self._phases.pop().begin_s
-        self._phases.append(Phase(name, begin_s, end_s))
+        """Note what was waited for, under the lock of the load's flow. Each begins where the one before it ended."""
+        if name != self._waits_for:  # called several times for each chunk, and mostly for the same
+            self._waits_for = name
+            self._phases.append((name, begin_s))
+        self._until_s = end_s
 
     def read(self, chunk: Chunk, begin_s: float, copy_s: float, end_s: float, num_bytes: int) -> None:
         """Note a read of a part of a chunk, on the reader's thread, which copied the bytes to their place from `copy_s` on."""
@@ -152,7 +155,7 @@ class Recorder:
         # What comes last in a load is looked at first: whatever is in one list then has what it needs in the next.
         binds, copied, submits = list(self._binds), list(self._copied), list(self._submits)
         hashed, reads = list(self._hashed), list(self._reads)
-        end_s = self._phases[-1].end_s if self._phases else self._begin_s
+        begun, end_s = list(self._phases), self._until_s if self._phases else self._begin_s
         spans = [span for entry in reads for span in self._read_spans(*entry)]
         idle: dict[int, float] = {}  # since when a chunk has had nothing to do but wait
         for chunk, _, _, _, read_s, _ in reads:
@@ -165,8 +168,10 @@ class Recorder:
         for chunks, since_s, until_s in binds:
             spans += [self._span("wait", WAITING, [one], idle[one.index], since_s) for one in chunks]
             spans.append(self._span("bind", _LOAD, chunks, since_s, until_s))
+        ends = [*(begin_s for _, begin_s in begun[1:]), end_s]
         phases = tuple(
-            Phase(phase.name, phase.begin_s - self._begin_s, phase.end_s - self._begin_s) for phase in self._phases
+            Phase(name, begin_s - self._begin_s, until_s - self._begin_s)
+            for (name, begin_s), until_s in zip(begun, ends, strict=False)
         )
         spans += [Span("preflight", _LOAD, None, 0, *phase[1:], 0, "") for phase in phases if phase.name == "preflight"]
         return Timeline(
