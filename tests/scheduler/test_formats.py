@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,21 +55,36 @@ def test_dtypes_are_all_that_both_have() -> None:
     assert set(DTYPE_BITS) - set(DTYPES) == {"F6_E2M3", "F6_E3M2"}
 
 
+def strategies(rig: Rig) -> list[str]:
+    """Those that a machine has: only files of the host can be mapped, and only where they are not read directly."""
+    return ["stream", "preload", "direct", *(["map"] if (rig.device, rig.io) == ("host", "buffered") else [])]
+
+
 @pytest.mark.parametrize("save", [save_safetensors, save_torch], ids=["safetensors", "torch"])
 @pytest.mark.parametrize("name", DTYPES)
-async def test_dtype_is_loaded_bit_for_bit(
+async def test_dtype_is_loaded_bit_for_bit_with_every_strategy(
     rig: Rig, tmp_path: Path, name: str, save: Callable[[Path, dict[str, torch.Tensor]], Path]
 ) -> None:
     tensors = values(name)
     path = save(tmp_path / "x", tensors)
-    for where in ("meta", "cpu"):
+    for strategy, where in itertools.product(strategies(rig), ("meta", "cpu")):
         model = nn.Module()
         for key, tensor in tensors.items():
             model.register_buffer(key, torch.empty(tensor.shape, dtype=tensor.dtype, device=where))
-        async with rig.loader() as loader:
-            await loader.load(model, path)
+        async with rig.loader(strategy=strategy) as loader:
+            report = await loader.load(model, path)
+        assert report.strategy == strategy
         for key, tensor in model.state_dict().items():
             assert_same(tensor, tensors[key])
+
+
+@pytest.mark.parametrize("save", [save_safetensors, save_torch], ids=["safetensors", "torch"])
+@pytest.mark.parametrize("name", DTYPES)
+async def test_dtype_is_streamed_bit_for_bit(
+    rig: Rig, tmp_path: Path, name: str, save: Callable[[Path, dict[str, torch.Tensor]], Path]
+) -> None:
+    tensors = values(name)
+    path = save(tmp_path / "x", tensors)
     async with rig.loader() as loader:
         seen = {key: tensor async for key, tensor in loader.stream(path)}
     assert set(seen) == set(tensors)
@@ -98,10 +114,12 @@ async def test_dtype_that_torch_lacks_is_refused_before_anything_moves(rig: Rig,
     model = nn.Module()
     model.register_buffer("a", torch.ones(1))
     model.register_buffer("six", torch.ones(4))
-    async with rig.loader() as loader:
-        with pytest.raises(UnsupportedFormatError, match="no such dtype") as caught:
-            await loader.load(model, path)
-        with pytest.raises(UnsupportedFormatError, match="no such dtype"):
-            _ = [name async for name, _ in loader.stream(path)]
-    assert (caught.value.tensor, caught.value.actual) == ("six", name)
+    for strategy in (*strategies(rig), "auto"):
+        async with rig.loader(strategy=strategy) as loader:
+            with pytest.raises(UnsupportedFormatError, match="no such dtype") as caught:
+                await loader.load(model, path)
+            with pytest.raises(UnsupportedFormatError, match="no such dtype"):
+                _ = [name async for name, _ in loader.stream(path)]
+        assert (caught.value.tensor, caught.value.actual) == ("six", name)
+    assert rig.disk.num_begun == 0
     assert_same(model.get_buffer("a"), torch.ones(1))
