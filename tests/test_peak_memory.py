@@ -81,6 +81,21 @@ def test_peak_above_the_weights_of_a_model_stays_below_the_ceiling(
     check(found, num_tensors, request)
 
 
+@pytest.mark.parametrize("how", ["iter_tensors", "model"])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+def test_peak_stays_below_the_ceiling_for_files_of_torch_save(
+    tmp_path: Path, request: pytest.FixtureRequest, how: str, *, zipped: bool
+) -> None:
+    """Storage by storage: `torch.load` would hold all of it."""
+    count = 20 * HOST_MEMORY_BYTES // (8 * MIB)
+    tensors = {f"w{i}": torch.zeros(2, MIB) for i in range(count)}
+    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    del tensors
+    found = measure(how, tmp_path)
+    assert found["loaded_bytes" if how == "iter_tensors" else "held_bytes"] == 20 * HOST_MEMORY_BYTES
+    check(found, count, request)
+
+
 @pytest.mark.parametrize(("how", "io"), [("model", "buffered"), ("iter_tensors", "direct")])
 def test_peak_stays_below_the_ceiling_for_many_small_tensors(
     tmp_path: Path, request: pytest.FixtureRequest, how: str, io: str

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Self, cast
 
 import yaml
@@ -161,7 +162,7 @@ class LoaderConfig(BaseSettings):
         return (
             InitSettingsSource(settings_cls, keywords),
             _Environment(settings_cls),
-            InitSettingsSource(settings_cls, values),
+            InitSettingsSource(settings_cls, _in_one_piece(values)),
         )
 
 
@@ -183,7 +184,15 @@ class _Environment(EnvSettingsSource):
                     for name in unknown
                 )
             )
-        return super().__call__()
+        return _in_one_piece(super().__call__())
+
+
+def _in_one_piece(values: dict[str, Any]) -> dict[str, Any]:
+    """Make a device map something that pydantic-settings replaces as a whole; it merges dicts, entry by entry."""
+    device: dict[str, Any] | None = values.get("device")
+    if not isinstance(device, dict) or not isinstance(device.get("device_map"), dict):
+        return values
+    return {**values, "device": {**device, "device_map": MappingProxyType(device["device_map"])}}
 
 
 def _environment() -> set[str]:

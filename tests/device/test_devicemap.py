@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,3 +75,18 @@ def test_map_comes_from_a_file(tmp_path: object) -> None:
     with open(path, "w") as file:  # noqa: PTH123 (the shortest)
         file.write('device:\n  device_map: {"": cpu, model.layers.0: 1}\n')
     assert ws.LoaderConfig.from_yaml(path).device.device_map == {"": "cpu", "model.layers.0": 1}
+
+
+def test_map_is_one_value_and_replaces_that_of_a_lower_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries that are merged would send modules where neither of the two maps says."""
+    file = tmp_path / "config.yaml"
+    file.write_text("device: {device_map: {'': cpu, head: meta}, strict: false}")
+    assert ws.LoaderConfig.from_yaml(file).device.device_map == {"": "cpu", "head": "meta"}
+    keyword: Any = {"device_map": {"": 0}}
+    assert ws.LoaderConfig.from_yaml(file, device=keyword).device.device_map == {"": 0}
+    monkeypatch.setenv("WEIGHTSTREAM_DEVICE__DEVICE_MAP", '{"embed": "cuda:1"}')
+    config = ws.LoaderConfig.from_yaml(file)
+    assert config.device.device_map == {"embed": "cuda:1"}
+    assert not config.device.strict
+    assert ws.LoaderConfig.from_yaml(file, device=keyword).device.device_map == {"": 0}
+    assert ws.LoaderConfig(device=keyword).device.device_map == {"": 0}

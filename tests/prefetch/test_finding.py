@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from tests.builders import INDEX, SINGLE, random_tensors, write_checkpoint, write_index, write_shard
+from tests.builders import INDEX, SINGLE, assert_same, random_tensors, write_checkpoint, write_index, write_shard
+from weightstream.api import load_sync
+from weightstream.config import LoaderConfig
 from weightstream.errors import CheckpointError, UnsupportedFormatError
 from weightstream.prefetch.checkpoint import open_checkpoint
 from weightstream.prefetch.finding import find_checkpoint, is_repository
@@ -197,6 +201,18 @@ def test_repository_is_found_in_the_local_cache(cache: Path, given: str, revisio
     with open_checkpoint(given) as checkpoint:
         assert checkpoint.path == cache / "snapshots" / (revision * 40) / SINGLE
         assert set(checkpoint.tensors) == {"a"}
+
+
+@pytest.mark.parametrize("strategy", ["stream", "preload", "direct", "map"])
+def test_repository_is_loaded_by_its_name_without_a_network(cache: Path, strategy: str) -> None:
+    model = nn.Module()
+    model.register_buffer("a", torch.empty(2, 3, device="meta"))
+    config = LoaderConfig.model_validate(
+        {"strategy": strategy, "device": {"target": "cpu"}, "checkpoint": "org/name@v1"}
+    )
+    report = load_sync(model, config=config)
+    assert_same(model.get_buffer("a"), random_tensors({"a": (2, 3)}, seed=1)["a"])
+    assert report.checkpoint == str(cache / "snapshots" / ("b" * 40) / SINGLE)
 
 
 def test_local_path_goes_before_the_cache(cache: Path) -> None:

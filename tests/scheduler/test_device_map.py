@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.builders import assert_same, leaves_nothing, write_in_order
 from tests.fakes.accelerator import FakeAccelerator
 from tests.fakes.rig import KIB, Rig
 from tests.models import SmallNet, tensors_of
+from weightstream.device.backend import Backend
 from weightstream.errors import LoadCancelledError, MemoryBudgetError, PlacementError
 
 MakeRig = Callable[..., Rig]
@@ -72,6 +74,32 @@ async def test_every_tensor_lands_on_its_device(
     assert num_submitted(one) > 0 < num_submitted(two)
     on_host = report.num_copies - num_submitted(one) - num_submitted(two)
     assert (on_host > 0) == (stored is torch.bfloat16)  # what is not cast is read to where it belongs in host memory
+
+
+@pytest.mark.parametrize("num_slots", [2, 5])
+async def test_devices_share_one_ring_and_keep_their_streams(make_rig: MakeRig, saved: Saved, num_slots: int) -> None:
+    """A backend has one copy stream, and the loader one backend for each device, however many loads there are."""
+    rig = make_rig("host", io="direct", several=[ONE, TWO])
+    opened: list[str] = []
+    open_backend = rig.machine.open_backend
+
+    def count(device: torch.device) -> Backend:
+        opened.append(str(device))
+        return open_backend(device)
+
+    rig.machine = dataclasses.replace(rig.machine, open_backend=count)
+    tensors, path = saved
+    async with rig.loader(num_slots=num_slots, device_map=MAP) as loader:
+        for _ in range(3):
+            model = on_meta()
+            report = await loader.load(model, path)
+            assert_loaded(model, tensors)
+            assert report.host_peak_bytes <= rig.ring.num_bytes + sum(
+                tensor.nbytes + 256 for tensor in tensors.values()
+            )
+        assert len(rig.rings) == 1
+        assert 1 <= rig.ring.num_slots <= num_slots
+    assert sorted(opened) == ["cpu", ONE, TWO]
 
 
 async def test_blocks_of_each_device_are_as_large_as_what_goes_there(make_rig: MakeRig, saved: Saved) -> None:
