@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import configparser
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,3 +74,12 @@ def test_probes_are_what_the_server_answers() -> None:
     source = (EXAMPLES / "server.py").read_text()
     for probe in ("livenessProbe", "readinessProbe"):
         assert f'@app.get("{server[probe]["httpGet"]["path"]}")' in source
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze")
+def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
+    text = (EXAMPLES / "weightstream-warm.service").read_text()
+    unit = tmp_path / "weightstream-warm.service"
+    unit.write_text(text.replace("/opt/inference/bin/weightstream", sys.executable))  # it must exist here
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
