@@ -527,6 +527,47 @@ def test_gradient_hook_that_a_move_would_lose_is_named(tmp_path: Path, machine: 
     assert model.first.bias._backward_hooks
 
 
+class Quantises(nn.Parameter):
+    """As bitsandbytes' parameters are: plain until they are moved to a device."""
+
+    def to(self, *args: Any, **options: Any) -> Any:
+        raise AssertionError("nobody is to move it")
+
+
+class Wrapped(torch.Tensor):
+    """As torchao's tensors are: what it looks like is not what it stores."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # torch's stub has an instance method
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(func)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": torch.float16}, {"device_map": CPU}], ids=["move", "cast", "neither"]
+)
+@pytest.mark.parametrize("kind", ["quantises", "wrapped", "lazy"])
+def test_parameter_of_a_kind_of_its_own_is_refused_by_name(
+    tmp_path: Path, machine: SimpleNamespace, kind: str, options: Any
+) -> None:
+    model: Any = Net()
+    if kind == "lazy":
+        model.first = nn.LazyLinear(4)
+    elif kind == "quantises":
+        model.first.weight = Quantises(torch.zeros(4, 3))
+    else:
+        wrapper: Any = torch.Tensor._make_wrapper_subclass(
+            Wrapped, torch.Size([4, 3]), dtype=torch.float32, device="cpu"
+        )
+        model.first.weight = nn.Parameter(wrapper, requires_grad=False)
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items() if not name.startswith("first")}
+    with pytest.raises(PlacementError) as caught:
+        ours.load_checkpoint_in_model(model, one_bin(tmp_path, stored()), **{"device_map": machine.map, **options})
+    assert caught.value.tensor in {"first.weight", "first.bias"}
+    assert {name: model.state_dict()[name].data_ptr() for name in before} == before
+
+
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", torch.int8, "nonsense"], ids=str)
 def test_dtype_that_floats_are_not_cast_to_is_refused(tmp_path: Path, dtype: Any) -> None:
     model = Net()
