@@ -42,7 +42,7 @@ def main(store: str, rank: str, world_size: str, path: str, free_bytes: str) -> 
         world_size=int(world_size),
         timeout=timedelta(seconds=60),
     )
-    vars(survey)["available_bytes"] = lambda: int(free_bytes)
+    setattr(survey, "available_bytes", lambda: int(free_bytes))  # noqa: B010 (as an assignment, no type would fit)
     logger, lines = logging.getLogger("weightstream"), Lines()
     logger.addHandler(lines)
     logger.setLevel("DEBUG")

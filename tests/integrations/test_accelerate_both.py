@@ -557,9 +557,7 @@ def test_parameter_of_a_kind_of_its_own_is_refused_by_name(
     elif kind == "quantises":
         model.first.weight = Quantises(torch.zeros(4, 3))
     else:
-        wrapper: Any = torch.Tensor._make_wrapper_subclass(
-            Wrapped, torch.Size([4, 3]), dtype=torch.float32, device="cpu"
-        )
+        wrapper: Any = torch.Tensor._make_wrapper_subclass(Wrapped, torch.Size([4, 3]), dtype=torch.float32)
         model.first.weight = nn.Parameter(wrapper, requires_grad=False)
     before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items() if not name.startswith("first")}
     with pytest.raises(PlacementError) as caught:

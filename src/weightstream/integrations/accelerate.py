@@ -202,5 +202,5 @@ def _put_aside(
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor has a shape, and memory for what it holds and no more: others are not moved."""
-    dispatches = getattr(type(tensor), "__torch_dispatch__", None) is not torch.Tensor.__torch_dispatch__
-    return not is_lazy(tensor) and not dispatches and tensor.layout is torch.strided
+    dispatches = [getattr(kind, "__torch_dispatch__", None) for kind in (type(tensor), torch.Tensor)]
+    return not is_lazy(tensor) and dispatches[0] is dispatches[1] and tensor.layout is torch.strided
