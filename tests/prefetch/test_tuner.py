@@ -218,3 +218,19 @@ def test_storage_that_changes_is_tried_anew() -> None:
     load(tuner, changes, 32 * 2**30)
     assert any(decision.startswith("trying again: the rate fell to") for decision in tuner.decisions)
     assert tuner.setting.workers >= 16
+
+
+@pytest.mark.parametrize(("direct_rate", "direct"), [(1.0, False), (1.05, False), (1.2, True)])
+def test_slow_storage_is_read_through_the_page_cache_unless_direct_reads_are_faster(
+    direct_rate: float, *, direct: bool
+) -> None:
+    """Also by a load that begins past it: at equal rates, read-ahead fills the time between the reads of a worker."""
+
+    def slow(io: str, num_reading: int, num_bytes: int) -> float:
+        return num_bytes * num_reading / (0.4e9 * (direct_rate if io == "direct" else 1.0))
+
+    total_bytes = 4 * 2**30
+    first = Setting(direct=True, workers=FIRST_WORKERS, read_bytes=FIRST_READ_BYTES)
+    tuner = Tuner(first, total_bytes=total_bytes, can_direct=True, max_workers=MAX_WORKERS, max_read_bytes=CHUNK)
+    load(tuner, slow, total_bytes)
+    assert tuner.setting.direct == direct
