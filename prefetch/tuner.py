@@ -32,10 +32,10 @@ _WINDOW_READS = 2
 _WORTHWHILE_S = 0.6
 #: What a change must bring. More workers cost cores, larger reads save some.
 _GAIN_IO = 1.10
-#: The same for buffered reads instead of direct ones, where each worker is slow: at equal rates, read-ahead fills the time
+#: The same for buffered reads instead of direct ones, where workers mostly wait: at equal rates, read-ahead fills the time
 #: between the reads of a worker, which no rate of reads shows. With 8 ms a request, 8 workers took 3.28 s for 2 GiB through
 #: the page cache and 3.64 s past it, at 0.70 GB/s both (docs/performance.md, storage of five kinds).
-_GAIN_SLOW_BUFFERED = 1 / 1.10
+_GAIN_LATE_BUFFERED = 1 / 1.10
 _GAIN_MORE_WORKERS = 1.10
 _GAIN_LEAP = 1.7  # from that on, what is missing is far more of them
 _GAIN_FEWER_WORKERS = 1.05
@@ -188,25 +188,28 @@ class Tuner:
         return self._left_bytes > _WORTHWHILE_S * rate
 
     def _try_all(self, setting: Setting) -> _Trial:
+        first = setting
         rate = yield setting
         is_slow = rate < _FAST * setting.workers
         if is_slow:  # with a wrong number of them, all else takes long to try
             setting, rate = yield from self._try_workers(setting, rate)
+        waits = is_slow and setting.workers >= first.workers  # for storage that is late, and not crowded by its readers
         compared, compared_rate = setting, rate
-        setting, rate = yield from self._try_io(setting, rate)
+        setting, rate = yield from self._try_io(setting, rate, gain_buffered=_GAIN_LATE_BUFFERED if waits else _GAIN_IO)
         if not is_slow or (setting != compared and rate >= _GAIN_IO * compared_rate):
             setting, rate = yield from self._try_workers(setting, rate)
         setting, _ = yield from self._try_sizes(setting, rate)
         return setting
 
-    def _try_io(self, setting: Setting, rate: float) -> Generator[Setting, float, tuple[Setting, float]]:
+    def _try_io(
+        self, setting: Setting, rate: float, *, gain_buffered: float
+    ) -> Generator[Setting, float, tuple[Setting, float]]:
         if not self._can_direct or not self._is_worthwhile(rate):
             return setting, rate
         other = dataclasses.replace(setting, direct=not setting.direct)
         other_rate = yield other
         direct, buffered = (other_rate, rate) if other.direct else (rate, other_rate)
-        is_slow = buffered < _FAST * setting.workers
-        is_better = other_rate >= (_GAIN_SLOW_BUFFERED if is_slow and not other.direct else _GAIN_IO) * rate
+        is_better = other_rate >= (_GAIN_IO if other.direct else gain_buffered) * rate
         self.decisions.append(
             f"io: buffered {_rate(buffered)}, direct {_rate(direct)}, with {setting.workers} workers and reads of"
             f" {_mib(setting.read_bytes)}: {'direct' if is_better == other.direct else 'buffered'}"
