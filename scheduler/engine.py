@@ -29,7 +29,7 @@ from weightstream.prefetch.readers import ReaderPool
 from weightstream.prefetch.ring import Ring, slot_bytes_for
 from weightstream.prefetch.source import FileSource, Source
 from weightstream.prefetch.tuner import Setting
-from weightstream.ranks import ranked_logger
+from weightstream.ranks import find_ranks, ranked_logger
 from weightstream.scheduler.clock import Clock, SystemClock
 from weightstream.scheduler.config import Settings
 from weightstream.scheduler.pinning import LIMITED, Pinning
@@ -132,15 +132,17 @@ class Engine:
         self.ring = self.machine.ring(slot_bytes, self.budget, self.account, self.readers.wake)
 
     def limit_budget(self, on_fallback: Callable[[str], None]) -> None:
-        """Keep the budget below what this process can have of the machine or of its cgroup, as that is now."""
+        """Keep the budget below this process's share of what can be had of the machine or of its cgroup, as that is now."""
+        num_ranks = find_ranks().local_size
         asked_bytes = self.config.prefetch.host_memory
         taken_bytes = self.budget.limit_bytes - self.budget.left_bytes
-        room_bytes = taken_bytes + available_bytes() * _SHARE_OF_AVAILABLE // 8
+        room_bytes = taken_bytes + available_bytes() // num_ranks * _SHARE_OF_AVAILABLE // 8
         self.budget.limit_bytes = min(asked_bytes, room_bytes)
         if room_bytes < asked_bytes:
             on_fallback(
-                f"prefetch.host_memory is {asked_bytes} bytes, but no more than {room_bytes} are to be had: that is the"
-                " limit now"
+                f"prefetch.host_memory is {asked_bytes} bytes, but no more than {room_bytes} are to be had"
+                + (f" for each of {num_ranks} ranks" if num_ranks > 1 else "")
+                + ": that is the limit now"
             )
 
     def check_process(self) -> None:

@@ -77,8 +77,8 @@ class Situation:
 
     @property
     def ring_bytes(self) -> int:
-        """What `stream` stages with."""
-        return min(self.staged_bytes, self.host_memory_bytes)
+        """What `stream` stages with: less than it may where there is less. A ring that is there already counts as room."""
+        return min(self.staged_bytes, self.host_memory_bytes, max(self.room_bytes, 0) + self.held_bytes)
 
 
 def decide(situation: Situation) -> Decision:
@@ -95,8 +95,8 @@ def _choose(s: Situation) -> tuple[ChosenStrategy, str]:  # noqa: PLR0911 (one l
         return "map", "the page cache has the files, and parameters can be views of them without a copy"
     if can_map and s.num_bytes > s.share_bytes:
         return "map", "the weights are larger than the free memory, and pages of a mapped file need not all be there"
-    if s.staged_bytes and s.room_bytes < s.ring_bytes - s.held_bytes:
-        return "direct", f"host memory has no room for a ring of {_size(s.ring_bytes)}"
+    if s.ring_bytes < min(s.staged_bytes, 2 * s.chunk_bytes):
+        return "direct", f"host memory has no room for two chunks of {_size(s.chunk_bytes)}"
     if s.free_device_bytes is not None and s.free_device_bytes - s.new_bytes < 2 * s.chunk_bytes:
         return "direct", f"beside the weights the device has no room for two chunks of {_size(s.chunk_bytes)}"
     fits = s.preload_bytes <= min(s.left_bytes, s.room_bytes // 2)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import weightstream as ws
-from tests.builders import SINGLE, assert_same, leaves_nothing, random_tensors, write_checkpoint
+from tests.builders import SINGLE, assert_same, leaves_nothing, random_tensors, write_checkpoint, write_in_order
 from tests.fakes.accelerator import FakeAccelerator
 from tests.fakes.filesystem import mounted
 from tests.fakes.fixtures import requires_fuse
@@ -101,12 +101,38 @@ async def test_host_memory_that_is_not_to_be_had_is_not_taken(
         assert (await loader.load(on_meta(), path)).fallbacks == ()  # there is enough again
 
 
+async def test_ranks_of_one_host_take_a_share_each(
+    make_rig: MakeRig, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "available_bytes", lambda: 4 * 2**20)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    async with make_rig("fake").loader() as loader:
+        report = await loader.load(on_meta(), path)
+    assert any("no more than 917504 are to be had for each of 4 ranks" in fallback for fallback in report.fallbacks)
+    assert report.host_peak_bytes <= 917504
+
+
+async def test_less_than_a_slot_of_the_ring_may_be_enough_for_auto(
+    make_rig: MakeRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {f"t{i}": torch.rand(2000) for i in range(20)}
+    model = nn.Module()
+    for name, tensor in tensors.items():
+        model.register_buffer(name, torch.empty_like(tensor, device="meta"))
+    monkeypatch.setattr(engine, "available_bytes", lambda: 70 * KIB)
+    async with make_rig("fake").loader() as loader:
+        report = await loader.load(model, write_in_order(tmp_path / "small", tensors))
+    assert report.strategy == "direct"
+    for name, tensor in model.state_dict().items():
+        assert_same(tensor, tensors[name])
+
+
 async def test_less_than_a_slot_is_an_error_before_anything_moves(
     make_rig: MakeRig, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine, "available_bytes", lambda: 70 * KIB)
     rig = make_rig("fake")
-    async with rig.loader() as loader:
+    async with rig.loader(strategy="stream") as loader:
         with pytest.raises(MemoryBudgetError, match="no slot of the ring fits"):
             await loader.load(on_meta(), path)
     assert (rig.disk.num_begun, rig.accelerator.num_allocations) == (0, 0)

@@ -21,7 +21,7 @@ import weightstream as ws
 from tests.builders import assert_same, write_in_order
 from tests.fakes.rig import KIB, Rig
 from weightstream.prefetch.filesystem import FileSystem
-from weightstream.scheduler import survey
+from weightstream.scheduler import engine, survey
 from weightstream.scheduler.strategy import Situation, decide
 
 MakeRig = Callable[..., Rig]
@@ -82,12 +82,14 @@ def cpu(**changes: Any) -> Situation:
 
 ROWS = [
     Row("accelerator, model on meta", "stream", accelerator()),
-    Row("accelerator, less free host memory than the ring takes", "direct", accelerator(free_host_bytes=GIB - 1)),
-    Row("the same, but a `Loader` that has its ring", "stream", accelerator(free_host_bytes=GIB - 1, held_bytes=GIB)),
+    Row("accelerator, less free host memory than the ring may take", "stream", accelerator(free_host_bytes=GIB // 2)),
+    Row("the same, but eight ranks share it", "stream", accelerator(free_host_bytes=GIB // 2, num_ranks=8)),
+    Row("accelerator, no free host memory for two chunks", "direct", accelerator(free_host_bytes=31 * MIB)),
+    Row("the same, but a `Loader` that has its ring", "stream", accelerator(free_host_bytes=31 * MIB, held_bytes=GIB)),
     Row(
         "accelerator, enough host memory for one rank but not for eight",
         "direct",
-        accelerator(free_host_bytes=7 * GIB, num_ranks=8),
+        accelerator(free_host_bytes=240 * MIB, num_ranks=8),
     ),
     Row(
         "accelerator, hardly more free device memory than weights",
@@ -127,7 +129,7 @@ ROWS = [
         "stream",
         cpu(**FILL, resident_share=0.98),
     ),
-    Row("the same, less free memory than the ring takes", "direct", cpu(**FILL, free_host_bytes=GIB - 1)),
+    Row("the same, no free memory for two chunks", "direct", cpu(**FILL, free_host_bytes=31 * MIB)),
     Row(
         "CPU, parameters in use, network file system, `host_memory` allows for all",
         "preload",
@@ -207,7 +209,8 @@ def model_for(tensors: dict[str, torch.Tensor], device: str = "meta") -> nn.Modu
 def set_up(monkeypatch: pytest.MonkeyPatch, *, system: FileSystem = EXT4, free: int = 2**40, ranks: int = 1) -> None:
     """Put a load into another situation than that of the machine that runs the test."""
     monkeypatch.setattr(survey, "file_system_of", lambda _: system)
-    monkeypatch.setattr(survey, "available_bytes", lambda: free)
+    for module in (survey, engine):
+        monkeypatch.setattr(module, "available_bytes", lambda: free)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
 
 
@@ -279,8 +282,9 @@ async def test_host(
     ("device", "change", "options", "expected"),
     [
         pytest.param("meta", {}, {}, "stream", id="meta"),
-        pytest.param("meta", {"free": 200_000}, {"host_memory": 10 * MIB}, "direct", id="little memory"),
-        pytest.param("meta", {"free": 800_000, "ranks": 4}, {"host_memory": 10 * MIB}, "direct", id="many ranks"),
+        pytest.param("meta", {"free": 100_000}, {"host_memory": 10 * MIB}, "direct", id="little memory"),
+        pytest.param("meta", {"free": 400_000, "ranks": 4}, {"host_memory": 10 * MIB}, "direct", id="many ranks"),
+        pytest.param("meta", {"free": 400_000}, {"host_memory": 10 * MIB}, "stream", id="one rank of as much"),
         pytest.param("cpu", {"system": NFS}, {}, "preload", id="in place from the network"),
         pytest.param("cpu", {"system": NFS}, {"host_memory": 325_000}, "stream", id="in place, just not enough slots"),
         pytest.param("cpu", {}, {}, "stream", id="in place from a disk"),
@@ -316,7 +320,7 @@ async def test_consumer_is_given_nothing_mapped(
 async def test_consumer_on_a_host_with_little_memory_gets_tensor_by_tensor(
     make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch, path: Path
 ) -> None:
-    set_up(monkeypatch, free=200_000)
+    set_up(monkeypatch, free=100_000)
     async with make_rig("fake").loader(chunk=64 * KIB) as loader, loader.stream(path) as stream:
         async for _ in stream:
             pass
