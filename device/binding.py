@@ -71,6 +71,7 @@ class Binder:
         ready: list[str] = []
         filled = [index for index in places if described[index].mode == "fill"]
         if filled:
+            self._stage.filled(filled)
             for index in filled:
                 ready.extend(site.name for site in _sites(described[index]))
             places = [index for index in places if described[index].mode != "fill"]
@@ -121,6 +122,7 @@ class Binder:
 
         Copies from slots must have completed.
         """
+        self._stage.filled(sorted(self._stage.touched))
         while self._adopted:
             tensor, on_meta = self._adopted.pop(), self._on_meta.pop()
             on_meta.requires_grad_(tensor.requires_grad)

@@ -30,11 +30,15 @@ def padded(num_bytes: int) -> int:
 
 
 class Landing(msgspec.Struct, frozen=True, gc=False):
-    """Where the next `num_bytes` of a chunk are read to: a block in host memory, or the slot (`IN_SLOT`)."""
+    """Where the next `num_bytes` of a chunk are read to: a block in host memory, the slot, or a parameter's own storage.
+
+    `place` is the parameter's place for the last of these, where `block` is `IN_SLOT` too: there is no block.
+    """
 
     block: int
     offset: int
     num_bytes: int
+    place: int = -1
 
 
 class Run(msgspec.Struct, frozen=True, gc=False):
@@ -71,6 +75,7 @@ class Transfer(msgspec.Struct, frozen=True, gc=False):
         loose: pieces that must be copied one by one, because they are cast or their tensor shares no block.
         slot_bytes: how much of a slot the packed layout uses; 0: none is needed.
         device: which of the load's devices all of it goes to.
+        in_place: whether any of it is read into a parameter's own storage.
     """
 
     first: int
@@ -82,6 +87,7 @@ class Transfer(msgspec.Struct, frozen=True, gc=False):
     loose: tuple[Piece, ...]
     slot_bytes: int
     device: int = 0
+    in_place: bool = False
 
 
 class Given(msgspec.Struct, frozen=True, gc=False):
@@ -105,6 +111,7 @@ class Layout:
         own_bytes: tensors of this size or more have a block of their own.
         block_bytes: size of the blocks that smaller tensors share.
         share_across_large: whether small tensors before and after a large one may share a block.
+        fills_land: whether readers may write to parameters that have storage in host memory, too.
         given: blocks that need not be made or filled. Tensors stay there if they can: those that are neither cast nor
             written to other storage, and begin at a multiple of their element's size.
 
@@ -124,10 +131,12 @@ class Layout:
         own_bytes: int,
         block_bytes: int,
         share_across_large: bool = True,
+        fills_land: bool = False,
         given: Given | None = None,
     ) -> None:
         self.places = places
         self.lands = tuple(lands)
+        self.fills_land = fills_land
         self.device_of: list[int] = [0] * (len(given.sizes) if given is not None else 0)
         self.own_bytes = own_bytes
         self.blocks: list[int] = list(given.sizes) if given is not None else []
@@ -139,7 +148,7 @@ class Layout:
         self._breaks: list[int] = []
         #: Whether readers write everything to where it belongs, so that no slot is needed.
         self.slotless = all(lands) and not any(
-            place.mode == "fill" or place.dtype is not place.stored_dtype for place in places
+            place.dtype is not place.stored_dtype or (place.mode == "fill" and not fills_land) for place in places
         )
         self._assign_blocks(block_bytes, given, share_across_large=share_across_large)
 
@@ -183,6 +192,7 @@ class Layout:
                 add_block_of(IN_SLOT)
                 add_offset_of(0)
                 breaks += num_bytes > 0
+                end = -1
             elif size >= own_bytes:
                 add_block_of(len(blocks))
                 add_offset_of(0)
@@ -245,29 +255,35 @@ class Layout:
         if self.slotless:
             whole = self._as_one(first, stop, head, num_bytes)
             if whole is not None:
-                return Transfer(first, stop, head, num_bytes, (whole,), (), (), 0, self.places[first].device)
+                device, in_place = self.places[first].device, whole.place >= 0
+                return Transfer(first, stop, head, num_bytes, (whole,), (), (), 0, device, in_place)
         where: dict[int, int] = {}
         runs: list[Run] = []
         loose: list[Piece] = []
         used = 0 if self.slotless else self._assign_slot(first, stop, head, num_bytes, where, runs, loose)
         landings: list[Landing] = []
-        block, start, end = IN_SLOT, 0, 0
+        block, start, end, own = IN_SLOT, 0, 0, -1
+        in_place = False
         block_of, offset_of = self.block_of, self.offset_of
         for place, offset, _, count in self.pieces(first, stop, head, num_bytes):
             slot_offset = where.get(place) if where else None
+            next_own = -1
             if slot_offset is None:
                 next_block, begin = block_of[place], offset_of[place] + offset
+                if next_block == IN_SLOT:
+                    next_own, in_place = place, True
             else:
                 next_block, begin = IN_SLOT, slot_offset
-            if begin == end and next_block == block:
+            if begin == end and next_block == block and next_own == own:
                 end += count
                 continue
             if end > start:
-                landings.append(Landing(block, start, end - start))
-            block, start, end = next_block, begin, begin + count
-        landings.append(Landing(block, start, end - start))
+                landings.append(Landing(block, start, end - start, own))
+            block, start, end, own = next_block, begin, begin + count, next_own
+        landings.append(Landing(block, start, end - start, own))
+        device = self.places[first].device
         return Transfer(
-            first, stop, head, num_bytes, tuple(landings), tuple(runs), tuple(loose), used, self.places[first].device
+            *(first, stop, head, num_bytes, tuple(landings), tuple(runs), tuple(loose), used, device, in_place)
         )
 
     def unwanted(self, shard: int, begin: int, num_bytes: int) -> Transfer:
@@ -280,7 +296,8 @@ class Layout:
         """Return where a chunk lands if it does so in one piece, without a gap."""
         if self._breaks[first] != self._breaks[stop - 1]:
             return None
-        return Landing(self.block_of[first], self.offset_of[first] + head, num_bytes)
+        block = self.block_of[first]
+        return Landing(block, self.offset_of[first] + head, num_bytes, first if block == IN_SLOT else -1)
 
     def _assign_slot(
         self,
@@ -297,11 +314,13 @@ class Layout:
         used = 0
         run_block, run_from, run_to, run_slot = IN_SLOT, 0, 0, 0
         lands = self.lands[self.places[first].device]
+        # Where a slot is needed anyway, parameters are copied to from there: with a slot a chunk is not read in place.
+        fills_land = lands and self.fills_land and not any(place.is_cast for place in self.places[first:stop])
         for piece in self.pieces(first, stop, head, num_bytes):
             place, offset, _, count = piece
             block = self.block_of[place]
             is_cast = self.places[place].is_cast
-            if block != IN_SLOT and lands and not is_cast:
+            if fills_land or (block != IN_SLOT and lands and not is_cast):
                 continue
             if block == IN_SLOT or is_cast or not self.is_small(place):
                 large.append(piece)

@@ -7,12 +7,14 @@ was filled, `take` for each tensor whose bytes are all there, `close`.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.autograd.graph import increment_version
 
 from weightstream.device.backend import Backend, Event, Spread
 from weightstream.device.layout import IN_SLOT, Layout, Piece, Transfer
@@ -52,7 +54,7 @@ class DeviceStage:
         given: Sequence[memoryview] = (),
     ) -> None:
         self.num_copies = 0
-        #: Places of materialised parameters that a copy has been submitted into.
+        #: Places of materialised parameters that a copy has been submitted into, or that readers were given to write to.
         self.touched: set[int] = set()
         self._destinations = tuple(destinations)
         self._layout = layout
@@ -81,7 +83,9 @@ class DeviceStage:
             position += landing.num_bytes
             if first >= last:
                 continue
-            if landing.block == IN_SLOT:
+            if landing.place >= 0:
+                memory = self._parameter_memory(landing.place)
+            elif landing.block == IN_SLOT:
                 assert slot is not None
                 memory = slot
             else:
@@ -125,6 +129,10 @@ class DeviceStage:
             loose = self._submit_large(transfer, source, shift, backend)
         for group in _neighbours(loose):
             self._spread(source, group, backend)
+
+    def filled(self, places: Iterable[int]) -> None:
+        """Let autograd see that parameters have been written to, by readers too: whoever saved one meanwhile is told."""
+        increment_version([_tensor(self._layout.places[place]) for place in places])
 
     def take(self, places: Sequence[int]) -> list[torch.Tensor]:
         """Return finished tensors, in their final dtype and shape, and let go of blocks of which these were the last.
@@ -227,6 +235,18 @@ class DeviceStage:
         self.touched.add(place)
         return _storage_of(self._layout.places[place]).view(torch.uint8)
 
+    def _parameter_memory(self, place: int) -> memoryview:
+        """Return a parameter's own storage, which stays as long as the view of it does, whatever becomes of the model.
+
+        Autograd sees that it was written to, as after `copy_`: from now on, and once more in `filled`.
+        """
+        self.touched.add(place)
+        tensor = _tensor(self._layout.places[place])
+        increment_version(tensor)
+        memory = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+        memory.storage = tensor.untyped_storage()  # type: ignore[attr-defined]  # instances of ctypes take attributes
+        return memoryview(memory).cast("B")
+
     def _block(self, index: int) -> torch.Tensor:
         with self._lock:
             block = self._blocks.get(index)
@@ -252,10 +272,14 @@ class DeviceStage:
             self._destinations[self._layout.device_of[index]].on_block(-self._layout.blocks[index])
 
 
+def _tensor(place: Place) -> torch.Tensor:
+    assert place.target is not None
+    return place.target.tensor
+
+
 def _storage_of(place: Place) -> torch.Tensor:
     """Return a materialised parameter flat. It shares the version counter: autograd sees that it was written to."""
-    assert place.target is not None
-    return place.target.tensor.detach().view(-1)
+    return _tensor(place).detach().view(-1)
 
 
 def _elements(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

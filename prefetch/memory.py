@@ -38,6 +38,9 @@ PAGE_BYTES = 4096
 #: What mmap(2) returns when it fails.
 MAP_FAILED = ctypes.c_void_p(-1).value
 
+#: A copy of so much takes 5 us; to let go of the interpreter's lock for it and to get it back takes as long.
+_SMALL_BYTES = 2**16
+
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 
@@ -104,11 +107,15 @@ def own_mapping(libc: ctypes.CDLL, address: int, num_bytes: int, whole_bytes: in
 
 
 def copy_out(source: memoryview, buffers: Iterable[memoryview]) -> None:
-    """Copy host memory to buffers, one after the other, without the GIL (a slice assignment would hold it)."""
-    address = ctypes.addressof(ctypes.c_char.from_buffer(source))
+    """Copy host memory to buffers, one after the other; without the GIL, unless they are so small that this costs more."""
+    address, position = ctypes.addressof(ctypes.c_char.from_buffer(source)), 0
     for buffer in buffers:
-        ctypes.memmove(ctypes.addressof(ctypes.c_char.from_buffer(buffer)), address, len(buffer))
-        address += len(buffer)
+        num_bytes = len(buffer)
+        if num_bytes <= _SMALL_BYTES:
+            buffer[:] = source[position : position + num_bytes]
+        else:
+            ctypes.memmove(ctypes.addressof(ctypes.c_char.from_buffer(buffer)), address + position, num_bytes)
+        position += num_bytes
 
 
 class Peak:

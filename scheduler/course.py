@@ -32,7 +32,8 @@ class Fill:
     """A chunk that is being read: everything before `position` in its file has been given to readers.
 
     `tuned`: read in parts and measured, as the tuner says; else from the page cache, which is as fast as it is.
-    `bounces`: read directly into the slot and copied at once, by the reader, to where the bytes belong in host memory.
+    `bounces`: read into the slot and copied at once, by the reader, to where the bytes belong in host memory: because it
+    is read directly, or because a read that does not return must not write to the model's own memory.
     """
 
     chunk: Chunk
@@ -48,7 +49,7 @@ class Fill:
     @property
     def shift(self) -> int | None:
         """Where in the slot its bytes begin, in the layout of the file; None: they are packed."""
-        return self.chunk.source.begin % PAGE_BYTES if self.direct else None
+        return self.chunk.source.begin % PAGE_BYTES if self.direct or self.bounces else None
 
 
 class Course:

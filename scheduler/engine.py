@@ -177,7 +177,7 @@ class Engine:
                 self._backends[device] = self.machine.open_backend(device)
             return self._backends[device]
 
-    def prepare_memory(
+    def prepare_memory(  # noqa: PLR0913 (what memory depends on)
         self,
         plan: LoadPlan,
         backends: Sequence[Backend],
@@ -185,6 +185,7 @@ class Engine:
         *,
         io: Literal["auto", "buffered", "direct"],
         num_cold: int,
+        num_passing: int,
         kept_bytes: Sequence[int],
         delivers: bool,
         on_fallback: Callable[[str], None],
@@ -200,6 +201,7 @@ class Engine:
             strategy: how.
             io: how it is read; direct reads need slots.
             num_cold: how many chunks are not in the page cache.
+            num_passing: how many pass through a slot on their way to parameters that have storage.
             kept_bytes: of each device, how much memory it needs beside the plan's blocks.
             delivers: whether a consumer takes the blocks one by one.
             on_fallback: told if page-locking is refused.
@@ -220,6 +222,7 @@ class Engine:
         needed = sum(
             1 for chunk in plan.chunks if chunk.transfer.slot_bytes or (io == "direct" and not chunk.is_mapped)
         )
+        needed = max(needed, min(num_passing, DIRECT_SLOTS))
         wished = max(needed, min(num_cold, DIRECT_SLOTS)) if io == "auto" else needed
         if not wished:
             return None

@@ -6,10 +6,12 @@ no grant. `Filling.take` and the reads that it returns run on reader threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from weightstream.device.stage import DeviceStage
+from weightstream.errors import LoadCancelledError
 from weightstream.prefetch.mapping import populate
 from weightstream.prefetch.memory import PAGE_BYTES, copy_out
 from weightstream.prefetch.ring import Ring, Slot
@@ -51,6 +53,7 @@ class Filling:
 
     Attributes:
         reads: those in progress, in the order in which they began.
+        num_writing: how many readers are writing to memory of the model's, or copying from a slot.
     """
 
     def __init__(
@@ -65,9 +68,11 @@ class Filling:
         hashing: Hashing | None,
     ) -> None:
         self.reads: dict[object, Read] = {}
+        self.num_writing = 0
         self._course = course
         self._plan = plan
-        self._source, self._tuner, self._resident = reading.source, reading.tuner, reading.resident
+        self._source, self._tuner = reading.source, reading.tuner
+        self._resident, self._passes = reading.resident, reading.passes
         self._widen, self._eviction = reading.widen, reading.eviction
         self._stage = stage
         self._ring = ring
@@ -133,7 +138,9 @@ class Filling:
         - *The process is forked.* The child has the memory and not the thread: there, the slot stays written off.
         - *It was read into a block of an adopted parameter.* No slot is involved. The parameter is on meta again, the
           block is nobody's but the read's, and is unmapped with the last view of it.
-        - *It was read past the page cache, on its way to a block.* It may still copy there: see the line above.
+        - *It was read into a slot on its way to a block, or to a parameter.* It does not copy any more: see `_writing`.
+        - *It was reading into a parameter that has storage.* Such a read is waited for far longer (`Flow.drain`). Should it
+          be given up in the end, the storage lives as long as its views, as a block does.
         """
         self._on_return = on_return
         found = GivenUp(len(self.reads), [])
@@ -158,8 +165,9 @@ class Filling:
             return None
         tuned = not self._resident[chunk.index]
         direct = tuned and self._tuner.setting.direct and self._source.has_direct(chunk.source.shard)
+        passes = self._passes[chunk.index]
         slot: Slot | None = None
-        if direct or chunk.transfer.slot_bytes:
+        if direct or passes or chunk.transfer.slot_bytes:
             slot = self._ring.acquire_nowait()
             if slot is None:
                 if self._waits_since_s is None:
@@ -167,7 +175,7 @@ class Filling:
                 return None
         self._waits_since_s = None
         self._next += 1
-        bounces = direct and not chunk.transfer.slot_bytes and self._stage.lands(chunk.transfer)
+        bounces = passes or (direct and not chunk.transfer.slot_bytes and self._stage.lands(chunk.transfer))
         fill = Fill(chunk, slot, direct, tuned, bounces, chunk.source.begin, chunk.num_bytes)
         self._course.fills[chunk.index] = fill
         return fill
@@ -278,25 +286,54 @@ class Filling:
 
     def _fetch(self, fill: Fill, part: ByteRange) -> float | None:
         """Read a part; return since when it was copied from the slot, if it was."""
-        whole = fill.chunk.source
-        offset = part.begin // PAGE_BYTES * PAGE_BYTES - whole.begin // PAGE_BYTES * PAGE_BYTES
+        whole, transfer = fill.chunk.source, fill.chunk.transfer
+        begin, end = part.begin - whole.begin, part.end - whole.begin
+        if fill.shift is None:
+            view = None if fill.slot is None else fill.slot.view
+            if transfer.in_place:
+                with self._writing():
+                    self._read_through_cache(fill, part, self._stage.buffers(transfer, view, begin, end))
+            else:
+                self._read_through_cache(fill, part, self._stage.buffers(transfer, view, begin, end))
+            return None
+        assert fill.slot is not None
+        pages = fill.slot.view[part.begin // PAGE_BYTES * PAGE_BYTES - whole.begin // PAGE_BYTES * PAGE_BYTES :]
+        wanted = pages[part.begin % PAGE_BYTES :][: part.end - part.begin]
         if fill.direct:
-            assert fill.slot is not None
-            self._source.read_direct(part, fill.slot.view[offset:])
-            if not fill.bounces:
-                return None
-        view = None if fill.slot is None else fill.slot.view
-        buffers = self._stage.buffers(fill.chunk.transfer, view, part.begin - whole.begin, part.end - whole.begin)
+            self._source.read_direct(part, pages)
+        else:
+            self._read_through_cache(fill, part, [wanted])
+        if not fill.bounces:
+            return None
+        copy_s = self._course.clock.now()
+        with self._writing():
+            copy_out(wanted, self._stage.buffers(transfer, None, begin, end))
+        return copy_s
+
+    def _read_through_cache(self, fill: Fill, part: ByteRange, buffers: list[memoryview]) -> None:
         if fill.chunk.is_mapped:
             for buffer in buffers:
                 populate(buffer)
-            return None
-        if not fill.bounces:
-            self._source.read(part, buffers)
-            if fill.tuned and self._eviction is not None:
-                self._eviction.forget(part)
-            return None
-        assert view is not None
-        copy_s = self._course.clock.now()
-        copy_out(view[offset + part.begin % PAGE_BYTES :], buffers)
-        return copy_s
+            return
+        self._source.read(part, buffers)
+        if fill.tuned and self._eviction is not None:
+            self._eviction.forget(part)
+
+    @contextmanager
+    def _writing(self) -> Generator[None, None, None]:
+        """Let a reader write to memory that is not a slot's; or raise, because the load has been stopped.
+
+        The drain waits for those that have begun, so nothing is written to the model after the load has ended.
+        """
+        course = self._course
+        with course.condition:
+            if course.error is not None:
+                raise LoadCancelledError("the load was stopped before this was written")
+            self.num_writing += 1
+        try:
+            yield
+        finally:
+            with course.condition:
+                self.num_writing -= 1
+                if course.error is not None:
+                    course.condition.notify_all()

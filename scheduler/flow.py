@@ -6,6 +6,7 @@ their copies, which are waited for (`copying`), and places their tensors. What t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -173,10 +174,11 @@ class Flow:
 
         A read that has not returned after `grace_s` seconds is slow or hangs in the kernel: what it may write to is its own
         from then on, and goes back when it returns (see `Filling.give_up`). Copies are waited for as long as they take: their
-        source and destination must not be reused.
+        source and destination must not be reused. The same holds for reads that write to parameters themselves, which are
+        of what is in the page cache: only after `prefetch.stall_s` they are given up, too.
 
         Args:
-            grace_s: how long reads are waited for.
+            grace_s: how long other reads are waited for.
             on_return: called, on its thread, for each read that was given up and returns after all.
 
         Returns:
@@ -189,6 +191,8 @@ class Flow:
                 course.condition.wait(left)
             if hashing and hashing.num_busy:  # a page of a mapped file may never come
                 hashing = None
+            while self.filling.num_writing and (left := self._left_to_write_s()) > 0:
+                course.condition.wait(left)
             given_up = self.filling.give_up(on_return)
             while self._copying.is_busy:
                 course.condition.wait()
@@ -204,6 +208,13 @@ class Flow:
             hashing.join()
         self._copying.join()
         return given_up.num_reads
+
+    def _left_to_write_s(self) -> float:
+        """Return how long reads that write to parameters are still waited for. The lock is held."""
+        if self._stall_s is None:
+            return threading.TIMEOUT_MAX
+        last_s = max((read.began_s for read in self.filling.reads.values()), default=0.0)
+        return last_s + self._stall_s - self._course.clock.now()
 
     def _left_s(self, deadline: float | None, timeout_s: float | None) -> float | None:
         """Return after how many seconds a limit may have been passed, or raise if one has. The lock is held."""

@@ -23,7 +23,14 @@ from weightstream.scheduler.files import GRACE_S, Files
 from weightstream.scheduler.flow import Flow
 from weightstream.scheduler.ledger import Ledger
 from weightstream.scheduler.plan import LoadPlan
-from weightstream.scheduler.reading import Reading, Residency, look_at_cache, make_eviction, make_tuner
+from weightstream.scheduler.reading import (
+    Reading,
+    Residency,
+    look_at_cache,
+    look_for_passing,
+    make_eviction,
+    make_tuner,
+)
 from weightstream.scheduler.sinks import Prepared, Sink
 from weightstream.scheduler.verification import Verification
 
@@ -110,12 +117,14 @@ class Pipeline:
             found = files.call(lambda: look_at_cache(plan, source, config))
             if found.unknown:
                 fall_back(_RESIDENCY_UNKNOWN)
+            passes = files.call(lambda: look_for_passing(checkpoint, plan, found))
             ring = engine.prepare_memory(
                 plan,
                 backends,
                 strategy,
                 io=config.io,
                 num_cold=found.num_cold,
+                num_passing=sum(passes),
                 kept_bytes=[prepared.placement.kept_bytes({device}) for device in range(len(backends))],
                 delivers=sink.delivers,
                 on_fallback=fall_back,
@@ -151,7 +160,8 @@ class Pipeline:
             if eviction is not None:
                 files.opened.callback(eviction.finish)  # before they are closed, once nothing is read any more
             paths = [shard.path for shard in checkpoint.shards]
-            reading = Reading(source, tuner, found.resident, engine.readers.widen, eviction, paths, config.stall_s)
+            widen = engine.readers.widen
+            reading = Reading(source, tuner, found.resident, passes, widen, eviction, paths, config.stall_s)
             flow = Flow(plan, reading, stage, ring or engine.ring, engine.clock, ledger, sink.admit, verification)
             return cls(
                 *(plan, found, tuner, blocks, stage, flow, prefault, verification),
@@ -183,6 +193,8 @@ class Pipeline:
             files.keep_open(stuck)
             readers.replace_stuck(stuck)
             self._fall_back(f"{stuck} reads did not return and were given up; until they do, their slots are lost")
+        if (num_writing := self.flow.filling.num_writing) > 0:
+            self._fall_back(f"{num_writing} of them may still write to parameters that have storage, when they return")
 
     def end(self, error: BaseException) -> None:
         """Let nothing go on, and wait until nothing does; also if it has ended by itself."""

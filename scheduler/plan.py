@@ -97,6 +97,7 @@ def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)
     block_bytes: int,
     order: Literal["model", "file"],
     isolate_large: bool = False,
+    fills_land: bool = False,
     mapped: Sequence[int] | None = None,
     whole: Whole | None = None,
 ) -> LoadPlan:
@@ -112,6 +113,7 @@ def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)
         order: of the chunks; by `Place.position` of the earliest tensor in each, or as they lie in the files.
         isolate_large: never put a large tensor and another into one chunk, nor tensors on either side of it into one
             block (a consumer that takes tensors one by one could otherwise wait for a chunk that waits for it).
+        fills_land: whether readers may write to parameters that have storage, where blocks can be read into directly.
         mapped: the sizes of the shards, if they are mapped and tensors may stay in them.
         whole: read every shard that something is wanted from in whole, `order` or not.
     """
@@ -121,6 +123,7 @@ def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)
         own_bytes=own_bytes,
         block_bytes=block_bytes,
         share_across_large=not isolate_large,
+        fills_land=fills_land,
         given=None if mapped is None else Given(list(mapped), [(spec.shard, spec.begin) for spec in specs]),
     )
     cutter = _Cutter(specs, layout, chunk_bytes, isolate_large=isolate_large)

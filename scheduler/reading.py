@@ -9,11 +9,12 @@ from typing import NamedTuple
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.eviction import Eviction
+from weightstream.prefetch.filesystem import file_system_of
 from weightstream.prefetch.source import Source
 from weightstream.prefetch.tuner import FIRST_READ_BYTES, FIRST_WORKERS, MAX_WORKERS, Setting, Tuner
 from weightstream.scheduler.plan import LoadPlan
 
-__all__ = ["Reading", "Residency", "look_at_cache", "make_eviction", "make_tuner"]
+__all__ = ["Reading", "Residency", "look_at_cache", "look_for_passing", "make_eviction", "make_tuner"]
 
 #: A chunk of which so much is in the page cache is read from there.
 _RESIDENT_SHARE = 0.5
@@ -26,6 +27,7 @@ class Reading(NamedTuple):
         source: where bytes come from; used by reader threads.
         tuner: says how to read; guarded by the flow's lock.
         resident: for each chunk, whether it is read from the page cache, as it is there already.
+        passes: for each chunk, whether it passes through a slot on its way to parameters; see `look_for_passing`.
         widen: told, on a reader thread, how many readers there should be from now on.
         eviction: takes what was read from storage out of the page cache again; None: it stays.
         paths: of the shards, for messages.
@@ -35,6 +37,7 @@ class Reading(NamedTuple):
     source: Source
     tuner: Tuner
     resident: Sequence[bool]
+    passes: Sequence[bool]
     widen: Callable[[int], None]
     eviction: Eviction | None = None
     paths: Sequence[Path] = ()
@@ -62,6 +65,29 @@ def look_at_cache(plan: LoadPlan, source: Source, config: PrefetchConfig) -> Res
     shares = source.resident_shares([chunk.source for chunk in plan.chunks])
     shares = [1.0 if chunk.is_mapped else share for chunk, share in zip(plan.chunks, shares, strict=True)]
     return Residency([(share or 0.0) >= _RESIDENT_SHARE for share in shares], shares.count(None))
+
+
+def look_for_passing(checkpoint: Checkpoint, plan: LoadPlan, found: Residency) -> list[bool]:
+    """Say of each chunk whether readers must take it to a slot first, and not at once to parameters that have storage.
+
+    A read in the kernel cannot be called back, and a load that is cancelled does not wait for long. It could write to
+    memory that somebody uses for something else by then. So only what is in the page cache of a file system of this
+    machine, which answers at once, is read straight into parameters: there the copy is what takes the time.
+    """
+    in_place = [chunk for chunk in plan.chunks if chunk.transfer.in_place]
+    shards = {chunk.source.shard for chunk in in_place}
+    far = {shard for shard in shards if _is_far(checkpoint.shards[shard].fd)}
+    passes = [False] * len(plan.chunks)
+    for chunk in in_place:
+        passes[chunk.index] = chunk.source.shard in far or not found.resident[chunk.index]
+    return passes
+
+
+def _is_far(fd: int) -> bool:
+    try:
+        return file_system_of(fd).kind == "network"
+    except OSError:  # it does not even say what it is
+        return True
 
 
 def make_eviction(checkpoint: Checkpoint, plan: LoadPlan, found: Residency, config: PrefetchConfig) -> Eviction | None:

@@ -127,6 +127,8 @@ class ModelSink:
                     own_bytes=_OWN_BYTES,
                     block_bytes=_BLOCK_BYTES,
                     order=config.scheduler.order,
+                    # `preload` changes nothing before all is there, and `direct` has the one slot.
+                    fills_land=decision.strategy in ("stream", "map"),
                     mapped=_mapped(checkpoint, backends, decision),
                     whole=whole_shards(checkpoint, side_by_side=config.scheduler.order == "model"),
                 )

@@ -62,9 +62,11 @@ def choose(  # noqa: PLR0913 (what there is to decide on)
     situation = survey(engine, files, checkpoint, source, specs, places, backends[0], delivers=delivers)
     decision = decide(situation)
     plan = make(decision)
-    if decision.strategy == "preload":  # how many slots that takes says the plan alone, which is that of `stream` too
+    if decision.strategy == "preload":  # how many slots that takes says the plan alone
         needed_bytes = slots_of_own(plan, "preload", config.prefetch.io).needed_bytes
         decision = decide(dataclasses.replace(situation, preload_bytes=needed_bytes))
+        if decision.strategy != "preload" and situation.in_place and situation.is_host:
+            plan = make(decision)  # otherwise that of `stream` is the same
     return decision, plan
 
 

@@ -14,7 +14,11 @@ def place(num_bytes: int, mode: Mode = "adopt", *, dtype: torch.dtype = torch.ui
 
 
 def layout_of(
-    *places: Place, lands: bool = False, share_across_large: bool = True, given: Given | None = None
+    *places: Place,
+    lands: bool = False,
+    share_across_large: bool = True,
+    fills_land: bool = False,
+    given: Given | None = None,
 ) -> Layout:
     return Layout(
         list(places),
@@ -22,6 +26,7 @@ def layout_of(
         own_bytes=1000,
         block_bytes=2048,
         share_across_large=share_across_large,
+        fills_land=fills_land,
         given=given,
     )
 
@@ -92,6 +97,28 @@ def test_cast_and_small_parameters_with_storage_are_copied_one_by_one(*, lands: 
     transfer = layout.transfer(0, 3, 0, 2230)
     assert transfer.loose == (Piece(0, 0, 0, 200), Piece(1, 0, 256, 30))
     assert transfer.runs == (Run(IN_SLOT, 0, 512, 2000, 2),)
+
+
+def test_parameters_in_host_memory_are_read_into_where_that_is_allowed() -> None:
+    layout = layout_of(place(10), place(30, "fill"), place(10), place(2000, "fill"), lands=True, fills_land=True)
+    transfer = layout.transfer(0, 4, 0, 2050)
+    assert transfer.landings == (
+        Landing(0, 0, 10),
+        Landing(IN_SLOT, 0, 30, 1),
+        Landing(0, 256, 10),
+        Landing(IN_SLOT, 0, 2000, 3),
+    )
+    assert (transfer.runs, transfer.loose, transfer.slot_bytes, transfer.in_place) == ((), (), 0, True)
+    assert layout.transfer(3, 4, 512, 1000).landings == (Landing(IN_SLOT, 512, 1000, 3),)
+    assert not layout.transfer(2, 3, 0, 10).in_place
+    assert layout.blocks == [512]
+
+
+def test_parameter_beside_a_tensor_that_is_cast_is_copied_from_its_slot() -> None:
+    layout = layout_of(place(2000, "fill"), place(40, dtype=torch.float64), lands=True, fills_land=True)
+    transfer = layout.transfer(0, 2, 0, 2040)
+    assert transfer.landings == (Landing(IN_SLOT, 0, 2000), Landing(IN_SLOT, 2048, 40))
+    assert (transfer.runs, transfer.in_place) == ((Run(IN_SLOT, 0, 0, 2000, 0),), False)
 
 
 def test_copies_of_ten_thousand_small_tensors_are_few() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.builders import assert_same
 from tests.fakes.accelerator import FRESH, FakeAccelerator
@@ -31,10 +34,10 @@ def place(tensor: torch.Tensor, mode: Mode = "adopt", parameter: torch.Tensor | 
 class Bench:
     """A stage on a fake accelerator, and the sizes of blocks as they come and go."""
 
-    def __init__(self, *places: Place, lands: bool = False) -> None:
+    def __init__(self, *places: Place, lands: bool = False, fills_land: bool = False) -> None:
         self.accelerator = FakeAccelerator()
         self.changes: list[int] = []
-        self.layout = Layout(list(places), lands=[lands], own_bytes=OWN, block_bytes=1 << 16)
+        self.layout = Layout(list(places), lands=[lands], own_bytes=OWN, block_bytes=1 << 16, fills_land=fills_land)
         backend = HostBackend(Arena().allocate) if lands else self.accelerator
         self.stage = DeviceStage([Destination(backend, None, self.changes.append)], self.layout)
         self.memory = memoryview(allocate(1 << 16))
@@ -140,6 +143,34 @@ def test_parameter_with_storage_is_written_and_noted(benches: list[Bench], *, di
     assert bench.stage.touched == {0, 1, 2}
     assert bench.changes == []
     assert small._version > 0  # autograd sees that it was written to
+
+
+def test_parameter_in_host_memory_is_read_into_and_noted() -> None:
+    small, large = torch.zeros(12)[2:], nn.Parameter(torch.zeros(2000))
+    bench = Bench(place(SMALL, "fill", small), place(LARGE, "fill", large), lands=True, fills_land=True)
+    bench.fill(SMALL, LARGE)
+    assert_same(small, SMALL)
+    assert_same(large.detach(), LARGE)
+    assert bench.stage.touched == {0, 1}
+    assert (bench.stage.num_copies, bench.changes) == (0, [])
+    versions = small._version, large._version
+    assert min(versions) > 0  # autograd sees that it may have been written to, and once more when it has been
+    bench.stage.filled([0, 1])
+    assert small._version > versions[0]
+    assert large._version > versions[1]
+
+
+def test_storage_that_is_read_into_outlives_the_model_and_the_stage() -> None:
+    large = torch.zeros(2000)
+    storage = cast("Any", StorageWeakRef)(large.untyped_storage())
+    bench = Bench(place(LARGE, "fill", large), lands=True, fills_land=True)
+    (buffer,) = bench.stage.buffers(bench.layout.transfer(0, 1, 0, LARGE.nbytes), None, 8, LARGE.nbytes)
+    bench.stage.close()
+    del bench, large
+    assert not storage.expired()
+    buffer[:] = bytes(len(buffer))
+    del buffer
+    assert storage.expired()
 
 
 def test_tensor_without_bytes_is_made_on_the_device(benches: list[Bench]) -> None:

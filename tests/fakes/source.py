@@ -57,6 +57,9 @@ class Disk:
         bytes_per_s: how fast the disk is; None: reads take no time.
         latency_s: what each read waits before that, beside all others.
         io: `direct` forces chunks in the layout of the file, whether or not the file system has direct I/O.
+
+    Attributes:
+        is_cached: whether everything is said to be in the page cache.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Disk:
         self.num_open = 0
         #: Set whenever a source has been closed: a load lets go of its source after everything else.
         self.closed = threading.Event()
+        self.is_cached = False
         self._io = io
         self._bytes_per_s = bytes_per_s
         self._latency_s = latency_s
@@ -141,7 +145,7 @@ class PacedSource:
         return self._is_direct
 
     def resident_shares(self, wanted: Sequence[ByteRange]) -> list[float | None]:
-        return [0.0] * len(wanted)
+        return [float(self._disk.is_cached)] * len(wanted)
 
     def read(self, wanted: ByteRange, buffers: Sequence[memoryview]) -> None:
         self._disk.transfer(wanted.end - wanted.begin)

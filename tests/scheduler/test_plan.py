@@ -50,6 +50,7 @@ def plan_of(
     lands: bool = False,
     order: Literal["model", "file"] = "file",
     isolate_large: bool = False,
+    fills_land: bool = False,
     positions: list[int] | None = None,
 ) -> tuple[LoadPlan, list[TensorSpec], list[Place]]:
     """A plan for tensors that lie one behind the other in shards of ten."""
@@ -71,11 +72,17 @@ def plan_of(
         block_bytes=BLOCK,
         order=order,
         isolate_large=isolate_large,
+        fills_land=fills_land,
     )
     return plan, specs, places
 
 
-options = {"lands": st.booleans(), "isolate_large": st.booleans(), "order": st.sampled_from(["model", "file"])}
+options = {
+    "lands": st.booleans(),
+    "isolate_large": st.booleans(),
+    "fills_land": st.booleans(),
+    "order": st.sampled_from(["model", "file"]),
+}
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -145,10 +152,10 @@ def test_every_tensor_begins_on_256_bytes_and_overlaps_no_other(wanted: list[Wan
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(wanted=tensors, lands=st.booleans(), isolate_large=st.booleans())
-def test_packed_chunk_brings_every_byte_to_its_place(wanted: list[Wanted], lands: bool, isolate_large: bool) -> None:  # noqa: FBT001
+@given(wanted=tensors, lands=st.booleans(), isolate_large=st.booleans(), fills_land=st.booleans())
+def test_packed_chunk_brings_every_byte_to_its_place(wanted: list[Wanted], **options: bool) -> None:
     """Carry the layout out on plain byte arrays, and look where the bytes of the files arrive."""
-    plan, specs, places = plan_of(wanted, lands=lands, isolate_large=isolate_large)
+    plan, specs, places = plan_of(wanted, **options)  # type: ignore[arg-type]
     layout = plan.layout
     blocks = [bytearray(size) for size in layout.blocks]
     parameters = {i: bytearray(place.num_bytes) for i, place in enumerate(places)}
@@ -158,7 +165,9 @@ def test_packed_chunk_brings_every_byte_to_its_place(wanted: list[Wanted], lands
         slot = bytearray(CHUNK)
         stream = b"".join(sources[i][offset : offset + count] for i, offset, _, count in pieces(plan, chunk.index))
         for landing in transfer.landings:
-            memory = slot if landing.block == IN_SLOT else blocks[landing.block]
+            assert not (landing.place >= 0 and transfer.slot_bytes)
+            into_slot = parameters[landing.place] if landing.place >= 0 else slot
+            memory = into_slot if landing.block == IN_SLOT else blocks[landing.block]
             memory[landing.offset : landing.offset + landing.num_bytes] = stream[: landing.num_bytes]
             stream = stream[landing.num_bytes :]
         for run in transfer.runs:

@@ -1,0 +1,229 @@
+"""Parameters in host memory are read into without a copy, and nothing is written to them after the load has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.builders import assert_same, bytes_of, write_in_order
+from tests.fakes.rig import KIB, Rig
+from tests.models import SmallNet, tensors_of
+from weightstream.errors import LoadCancelledError, LoadTimeoutError
+from weightstream.prefetch.filesystem import FileSystem
+from weightstream.scheduler import reading
+from weightstream.scheduler.handle import LoadHandle
+from weightstream.scheduler.report import LoadReport
+
+MakeRig = Callable[..., Rig]
+Saved = tuple[dict[str, torch.Tensor], Path]
+
+
+@pytest.fixture(name="saved")
+def fixture_saved(tmp_path: Path) -> Saved:
+    tensors = tensors_of(SmallNet(), seed=1)
+    return tensors, write_in_order(tmp_path / "checkpoint", tensors, num_shards=2)
+
+
+def assert_loaded(model: SmallNet, tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in model.state_dict().items():
+        assert_same(tensor, tensors[name])
+
+
+def contents(model: SmallNet) -> dict[str, bytes]:
+    return {name: bytes_of(tensor) for name, tensor in model.state_dict().items()}
+
+
+async def load(rig: Rig, model: SmallNet, path: Path, *, num_slots: int) -> LoadReport:
+    """Load, and see how many slots that took, of three that there may be."""
+    async with rig.loader(num_slots=3, strategy="stream") as loader:
+        report = await loader.load(model, path)
+        assert (rig.ring.num_slots, rig.ring.num_free) == (num_slots, num_slots)
+    return report
+
+
+async def until_stopped(handle: LoadHandle) -> None:
+    while handle._job._stop is None:  # noqa: ASYNC110 - there is no event to wait for
+        await asyncio.sleep(0)
+
+
+async def test_what_is_in_the_page_cache_needs_no_slot_and_no_copy(make_rig: MakeRig, saved: Saved) -> None:
+    rig = make_rig("host")
+    rig.disk.is_cached = True
+    model = SmallNet()
+    addresses = [tensor.data_ptr() for tensor in model.state_dict().values()]
+    report = await load(rig, model, saved[1], num_slots=0)
+    assert_loaded(model, saved[0])
+    assert [tensor.data_ptr() for tensor in model.state_dict().values()] == addresses
+    assert report.num_copies == 0
+
+
+@pytest.mark.parametrize("io", ["buffered", "direct"])
+async def test_what_comes_from_a_disk_passes_through_a_slot(make_rig: MakeRig, saved: Saved, io: str) -> None:
+    rig = make_rig("host", io=io)
+    model = SmallNet()
+    report = await load(rig, model, saved[1], num_slots=3)
+    assert_loaded(model, saved[0])
+    assert report.num_copies == 0
+
+
+async def test_what_comes_from_another_machine_passes_through_a_slot(
+    make_rig: MakeRig, saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "file_system_of", lambda _: FileSystem("network", "nfs"))
+    rig = make_rig("host")
+    rig.disk.is_cached = True
+    model = SmallNet()
+    await load(rig, model, saved[1], num_slots=3)
+    assert_loaded(model, saved[0])
+
+
+async def test_file_system_that_does_not_say_what_it_is_counts_as_another_machine(
+    make_rig: MakeRig, saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: int) -> FileSystem:
+        raise OSError("?")
+
+    monkeypatch.setattr(reading, "file_system_of", refuse)
+    rig = make_rig("host")
+    rig.disk.is_cached = True
+    await load(rig, SmallNet(), saved[1], num_slots=3)
+
+
+@pytest.mark.parametrize("is_cached", [True, False], ids=["cached", "cold"])
+async def test_tensor_that_was_saved_for_backward_is_seen_to_have_changed(
+    make_rig: MakeRig, saved: Saved, *, is_cached: bool
+) -> None:
+    rig = make_rig("host")
+    rig.disk.is_cached = is_cached
+    model = SmallNet()
+    losses = [(model.large.weight**2).sum(), (model.scale**2).sum()]
+    await load(rig, model, saved[1], num_slots=0 if is_cached else 3)
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()  # type: ignore[no-untyped-call]
+
+
+async def test_tensor_that_is_saved_while_it_is_written_to_is_seen_to_have_changed(
+    make_rig: MakeRig, saved: Saved
+) -> None:
+    rig = make_rig("host")
+    rig.disk.is_cached = True
+    model = SmallNet()
+    gate = rig.disk.stop_at(0)
+    async with rig.loader(workers=1) as loader:
+        handle = await loader.start(model, saved[1])
+        gate.wait_reached()
+        filled = [one for one in model.parameters() if one.requires_grad and one.numel()]
+        losses = [(parameter**2).sum() for parameter in filled]
+        gate.open()
+        await handle.wait()
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()  # type: ignore[no-untyped-call]
+
+
+async def test_preload_changes_nothing_before_all_has_been_read(make_rig: MakeRig, saved: Saved) -> None:
+    rig = make_rig("host")
+    rig.disk.is_cached = True
+    await load(rig, SmallNet(), saved[1], num_slots=0)
+    count = rig.disk.num_begun
+    model = SmallNet()
+    before = contents(model)
+    gate = rig.disk.stop_at(2 * count - 1, is_stuck=True)
+    async with rig.loader(workers=1, strategy="preload") as loader:
+        handle = await loader.start(model, saved[1])
+        gate.wait_reached()
+        rig.clock.wait_idle()
+        assert contents(model) == before
+        gate.open()
+        await handle.wait()
+    assert_loaded(model, saved[0])
+
+
+@pytest.mark.parametrize("io", ["buffered", "direct"])
+async def test_read_that_is_given_up_does_not_write_to_parameters_when_it_returns(
+    make_rig: MakeRig, saved: Saved, io: str
+) -> None:
+    rig = make_rig("host", io=io)
+    model = SmallNet()
+    gate = rig.disk.stop_at(0, is_stuck=True)
+    async with rig.loader(workers=1, num_slots=3) as loader:
+        handle = await loader.start(model, saved[1])
+        gate.wait_reached()
+        await handle.cancel()
+        assert rig.clock.now() == 0.5
+        before = contents(model)
+        gate.open()
+    assert rig.ring.num_written_off == 0  # it has come back
+    assert contents(model) == before
+
+
+class TestReadIntoParameters:
+    """One that is in the kernel writes to the model's memory: nobody can say when, and nobody can call it back."""
+
+    async def test_is_waited_for(self, make_rig: MakeRig, saved: Saved) -> None:
+        rig = make_rig("host")
+        rig.disk.is_cached = True
+        model = SmallNet()
+        gate = rig.disk.stop_at(0)
+        async with rig.loader(workers=1) as loader:
+            handle = await loader.start(model, saved[1])
+            gate.wait_reached()
+            cancelling = asyncio.create_task(handle.cancel())
+            await until_stopped(handle)
+            gate.open()
+            await cancelling
+            before = contents(model)
+            with pytest.raises(LoadCancelledError) as caught:
+                await handle.wait()
+        changed = [name for name in before if before[name] == bytes_of(saved[0][name]) and before[name]]
+        assert changed
+        assert set(changed) <= set(caught.value.partly_written)
+        assert contents(model) == before
+
+    async def test_is_waited_for_longer_than_others(self, make_rig: MakeRig, saved: Saved) -> None:
+        """Not half a second after the load has failed, but until it is overdue."""
+        rig = make_rig("host")
+        rig.disk.is_cached = True
+        gate = rig.disk.stop_at(0, is_stuck=True)
+        async with rig.loader(workers=1, stall_s=60.0, scheduler={"timeout_s": 1.0}) as loader:
+            with pytest.raises(LoadTimeoutError):
+                await loader.load(SmallNet(), saved[1])
+            assert rig.clock.now() == 60.0
+            gate.open()
+
+    async def test_says_so_if_it_never_returns(
+        self, make_rig: MakeRig, saved: Saved, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        rig = make_rig("host")
+        rig.disk.is_cached = True
+        gate = rig.disk.stop_at(0, is_stuck=True)
+        async with rig.loader(workers=1, stall_s=60.0) as loader:
+            with caplog.at_level(logging.WARNING), pytest.raises(LoadTimeoutError) as caught:
+                await loader.load(SmallNet(), saved[1])
+            gate.open()
+        assert "1 of them may still write to parameters" in caplog.text
+        assert caught.value.partly_written
+
+
+async def test_what_is_in_a_slot_is_not_copied_once_the_load_is_stopped(make_rig: MakeRig, saved: Saved) -> None:
+    rig = make_rig("host", read_bytes_per_s=100 * KIB)
+    model = SmallNet()
+    before = contents(model)
+    gate = rig.disk.stop_at(0)  # in the slot, and not copied yet
+    async with rig.loader(workers=1, num_slots=3) as loader:
+        handle = await loader.start(model, saved[1])
+        gate.wait_reached()
+        cancelling = asyncio.create_task(handle.cancel())
+        await until_stopped(handle)
+        gate.open()
+        await cancelling
+        with pytest.raises(LoadCancelledError) as caught:
+            await handle.wait()
+    assert contents(model) == before
+    assert caught.value.partly_written == ()
