@@ -4,6 +4,9 @@ Does not import accelerate. What its function can do and this one cannot is an e
 has a table of every argument.
 """
 
+# ruff: noqa: SLF001
+# pyright: reportPrivateUsage=false
+# Gradient hooks have no public name in `torch.Tensor`.
 from __future__ import annotations
 
 import os
@@ -189,7 +192,7 @@ def _put_aside(
         device = torch.device("meta") if index is None else devices.devices[index]
         if dtype is tensor.dtype and (tensor.is_meta or tensor.device == device):
             continue
-        if tensor._backward_hooks is not None:  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+        if tensor._backward_hooks is not None or tensor._post_accumulate_grad_hooks:
             raise PlacementError(
                 "the parameter is to be moved or cast and has a gradient hook, which would be lost",
                 tensor=name,
