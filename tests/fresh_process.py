@@ -1,8 +1,10 @@
 """A program: loads a checkpoint in a process that has done nothing else, and prints what memory that took.
 
-    python fresh_process.py HOW CHECKPOINT CONFIG
+    python -m tests.fresh_process HOW DEVICE CHECKPOINT CONFIG
 
-HOW: `model` (on meta), `allocated` (a model with storage), `iter_tensors`, `stream` or `warm`. CONFIG: a `LoaderConfig`, as JSON. What is printed is JSON too, in bytes.
+HOW: `model` (on meta), `allocated` (a model with storage), `iter_tensors`, `stream` or `warm`. DEVICE: `host`, or `fake`
+for an accelerator whose memory is not in this process; not with `iter_tensors`. CONFIG: a `LoaderConfig`, as JSON. What is
+printed is JSON too, in bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import torch
 from torch import nn
 
 import weightstream as ws
+from tests.fakes.accelerator import DistantAccelerator
 from weightstream.prefetch.checkpoint import open_checkpoint
+from weightstream.scheduler.engine import Machine
 
 
 def memory_bytes(field: str) -> int:
@@ -42,42 +46,43 @@ def consume(tensor: torch.Tensor) -> int:
     return tensor.nbytes
 
 
-async def stream(path: str, config: ws.LoaderConfig) -> int:
-    num_bytes = 0
-    async with ws.Loader(config) as loader:
-        async for _, tensor in loader.stream(path):
-            num_bytes += consume(tensor)
-    return num_bytes
+async def stream(loader: ws.Loader, path: str) -> int:
+    return sum([consume(tensor) async for _, tensor in loader.stream(path)])
 
 
-async def warm(path: str, config: ws.LoaderConfig) -> int:
-    async with ws.Loader(config) as loader:
-        return (await loader.warm(path)).num_bytes
-
-
-def load(how: str, path: str, config: ws.LoaderConfig, model: nn.Module | None) -> int:
+async def load(how: str, loader: ws.Loader, path: str, model: nn.Module | None) -> int:
     """Load, and return how many bytes went through."""
-    if model is not None:
-        return ws.load_sync(model, path, config=config).num_bytes
-    if how == "iter_tensors":
-        return sum(consume(tensor) for _, tensor in ws.iter_tensors(path, config))
-    return asyncio.run((stream if how == "stream" else warm)(path, config))
+    async with loader:
+        if how == "stream":
+            return await stream(loader, path)
+        report = await (loader.warm(path) if model is None else loader.load(model, path))
+        return report.num_bytes
 
 
 def main() -> None:
-    how, path, text = sys.argv[1:]
+    how, device, path, text = sys.argv[1:]
     config = ws.LoaderConfig.model_validate_json(text)
     devices = {"model": "meta", "allocated": "cpu"}
     model = model_for(path, devices[how]) if how in devices else None
+    accelerator = DistantAccelerator()
+    loader = ws.Loader(config, machine=Machine(open_backend=lambda _: accelerator) if device == "fake" else None)
     asyncio.run(asyncio.sleep(0))
-    _ = ws.Loader, ws.load_sync  # imported here, not in the load
+    _ = ws.iter_tensors  # imported here, not in the load
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; ru_maxrss cannot be reset and lies after a fork
     before = memory_bytes("VmRSS")
-    loaded = load(how, path, config, model)
+    if how == "iter_tensors":
+        loaded = sum(consume(tensor) for _, tensor in ws.iter_tensors(path, config))
+    else:
+        loaded = asyncio.run(load(how, loader, path, model))
     peak = memory_bytes("VmHWM")
     after = memory_bytes("VmRSS")
-    held = sum(parameter.nbytes for parameter in model.parameters()) if model is not None else 0
+    accelerator.close()
+    assert accelerator.hazards == []
+    assert (accelerator.num_copies > 0) == (device == "fake")
+    held = 0
+    if model is not None and device == "host":
+        held = sum(parameter.nbytes for parameter in model.parameters())
     found = {"peak_bytes": peak - before, "loaded_bytes": loaded, "held_bytes": held, "after_bytes": after - before}
     print(json.dumps(found))  # noqa: T201
 

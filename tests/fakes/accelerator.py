@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from weightstream.prefetch.memory import allocate
 from weightstream.prefetch.readers import Thread
 from weightstream.scheduler.clock import Clock, SystemClock
 
-__all__ = ["FRESH", "FakeAccelerator", "Hazard"]
+__all__ = ["FRESH", "DistantAccelerator", "FakeAccelerator", "Hazard"]
 
 #: What fresh device memory holds.
 FRESH = 0xA5
@@ -25,14 +26,13 @@ class Hazard:
     """A source that changed between the submission of a copy and the copy itself."""
 
     operation: int
-    num_bytes_changed: int
 
 
 @dataclass(slots=True)
 class _Operation:
     number: int
     source: torch.Tensor
-    fingerprint: torch.Tensor
+    fingerprint: int
     act: Callable[[torch.Tensor], object]
 
 
@@ -41,6 +41,9 @@ class FakeAccelerator:
 
     Copies are done in order by an engine thread. A test can hold it and let it do one operation after the other, or
     give it a speed. What a test looks at: `hazards`, and the counts.
+
+    It takes nothing from malloc that is as large as what it copies, so that a test which measures memory measures the
+    loader's: its device memory is mapped, and a checksum tells it whether a source has changed.
 
     Args:
         clock: whose threads and time it uses.
@@ -114,8 +117,7 @@ class FakeAccelerator:
 
     def allocate(self, num_bytes: int, stream: object) -> tuple[torch.Tensor, memoryview | None]:
         self.num_allocations += 1
-        # Mapped memory begins on a page, as a device's does on 256 bytes or more; torch's on the CPU only on 64.
-        return torch.frombuffer(allocate(num_bytes), dtype=torch.uint8).fill_(FRESH), None
+        return _device_memory(num_bytes).fill_(FRESH), None
 
     def follow(self, stream: object) -> None:
         """There is one stream, and the user's work is done when it calls."""
@@ -127,7 +129,7 @@ class FakeAccelerator:
 
     def spread(self, source: torch.Tensor, parts: Sequence[Spread]) -> None:
         def distribute(source: torch.Tensor) -> None:
-            bounce = source.clone()
+            bounce = _device_memory(source.numel()).copy_(source)
             for part in parts:
                 cast_or_copy(part.destination, bounce[part.offset : part.offset + part.num_bytes], part.dtype)
 
@@ -155,7 +157,7 @@ class FakeAccelerator:
         with self._condition:
             assert not self._closed
             self._num_submitted += 1
-            self._queue.append(_Operation(self._num_submitted, source, source.clone(), act))
+            self._queue.append(_Operation(self._num_submitted, source, _fingerprint(source), act))
             if self._engine is None:
                 self._engine = self._clock.spawn(self._work, "fake-accelerator")
             self._condition.notify_all()
@@ -171,9 +173,8 @@ class FakeAccelerator:
                 if self._permits is not None:
                     self._permits -= 1
                 self._let_time_pass(operation.source.numel())
-            changed = int((operation.source != operation.fingerprint).sum())
-            if changed:
-                self.hazards.append(Hazard(operation.number, changed))
+            if _fingerprint(operation.source) != operation.fingerprint:
+                self.hazards.append(Hazard(operation.number))
             operation.act(operation.source)
             with self._condition:
                 self.num_done = operation.number
@@ -184,6 +185,38 @@ class FakeAccelerator:
             until = self._clock.now() + num_bytes / self._bytes_per_s
             while (left := until - self._clock.now()) > 0:
                 self._condition.wait(left)
+
+
+class DistantAccelerator(FakeAccelerator):
+    """One whose memory this process does not have, as it has none of a real one's, to measure what a load itself takes.
+
+    Copies happen later, and sources are checked, but what they hold is dropped: every tensor on it stays zero.
+    """
+
+    def allocate(self, num_bytes: int, stream: object) -> tuple[torch.Tensor, memoryview | None]:
+        self.num_allocations += 1
+        return _device_memory(num_bytes), None  # never written to, so the kernel gives it no page
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        self.num_copies += 1
+        self._submit(source, _drop)
+
+    def spread(self, source: torch.Tensor, parts: Sequence[Spread]) -> None:
+        self.num_spreads += 1
+        self._submit(source, _drop)
+
+
+def _device_memory(num_bytes: int) -> torch.Tensor:
+    """Map zeroed memory, which begins on a page, as a device's does on 256 bytes or more; torch's on the CPU only on 64."""
+    return torch.frombuffer(allocate(num_bytes), dtype=torch.uint8)
+
+
+def _fingerprint(source: torch.Tensor) -> int:
+    return zlib.crc32(source.numpy().data)
+
+
+def _drop(source: torch.Tensor) -> None:
+    """Leave it where it is."""
 
 
 class _Recorded:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.builders import assert_same, write_in_order
-from tests.fakes.accelerator import FRESH, FakeAccelerator
+from tests.fakes.accelerator import FRESH, DistantAccelerator, FakeAccelerator
 from tests.fakes.clock import VirtualClock
 from tests.fakes.ring import STALE, PoisonedRing
 from tests.fakes.source import Disk
@@ -165,9 +165,23 @@ class TestFakeAccelerator:
         fake.copy(block[:8], source)
         source[2:4] = STALE
         fake.close()
-        ((operation, num_bytes),) = [(hazard.operation, hazard.num_bytes_changed) for hazard in fake.hazards]
-        assert (operation, num_bytes) == (1, 2)
+        assert [hazard.operation for hazard in fake.hazards] == [1]
         assert block[:8].tolist() == [0, 1, STALE, STALE, 4, 5, 6, 7]
+
+    def test_distant_one_checks_sources_and_keeps_nothing(self) -> None:
+        fake = DistantAccelerator()
+        fake.hold()
+        block, _ = fake.allocate(256, None)
+        sources = [in_slot(torch.arange(8, dtype=torch.uint8)) for _ in range(3)]
+        fake.copy(block[:8], sources[0])
+        fake.copy(block[:8], sources[1])
+        fake.spread(sources[2], [Spread(0, 8, torch.uint8, block[:8])])
+        sources[1][0] = STALE
+        sources[2][0] = STALE
+        fake.close()
+        assert [hazard.operation for hazard in fake.hazards] == [2, 3]
+        assert (fake.num_copies, fake.num_spreads, fake.num_allocations) == (2, 1, 1)
+        assert not block.any()
 
     def test_refused_pinning_is_none(self) -> None:
         fake = FakeAccelerator(refuses_pinning=True)
