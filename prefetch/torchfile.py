@@ -13,14 +13,8 @@ from typing import NoReturn, cast
 from weightstream.errors import HeaderError, UnsupportedFormatError, some
 from weightstream.prefetch.archive import Archive
 from weightstream.prefetch.header import DTYPE_BITS, TensorSpec, read_exactly
-from weightstream.prefetch.pickles import (
-    MAX_OPCODES,
-    MAX_PICKLE_BYTES,
-    EndOfDataError,
-    PickledTensor,
-    Storage,
-    read_pickle,
-)
+from weightstream.prefetch.pickles import MAX_OPCODES, MAX_PICKLE_BYTES, PickledTensor, Storage, read_pickle
+from weightstream.prefetch.unpickling import EndOfDataError
 
 __all__ = ["read_torch_file"]
 
@@ -36,8 +30,8 @@ _NUMBERS = frozenset({"version", ".format_version", ".storage_alignment"})
 #: A number that torch gives each file, and logs.
 _LOGGED = ".data/serialization_id"
 
-#: How much of an old file is read to find the end of its pickles.
-_FIRST_BYTES = 2**20
+#: How much of an old file is read to find the end of its pickles; if that is not enough, what was parsed is parsed again.
+_FIRST_BYTES = 2**18
 
 #: What the two small pickles of an old file may take: torch writes 30 instructions for the first, and some 2 for each
 #: storage in the other, where it writes 34 for each tensor in the large one.

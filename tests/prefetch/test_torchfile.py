@@ -278,7 +278,7 @@ def test_small_pickles_of_an_old_file_have_limits_of_their_own(tmp_path: Path, w
     whole = save(tmp_path / "a.bin", {"a": BASE}, zipped=False).read_bytes()
     _, value, _ = read_pickle(whole, len(OLD), file="a.bin")
     _, keys, _ = read_pickle(whole, value, file="a.bin")
-    begin, most = (len(OLD), 1000) if which == "about the system" else (keys, 2**19)
+    begin, most = (len(OLD), 1000) if which == "about the system" else (keys, 2**18)
     (tmp_path / "a.bin").write_bytes(whole[:begin] + b"\x80\2" + b"N" * 2**19 + b".")
     with pytest.raises(HeaderError, match=f"more than {most} instructions"):
         open_checkpoint(tmp_path / "a.bin")
