@@ -44,8 +44,8 @@ class PrefetchConfig(BaseModel):
     workers: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
         default="auto",
         description="Reads at a time, each by a thread. `auto`: as many as there are usable cores, at least 2 and at "
-        "most 8, from the page cache; from storage, with scheduler.adaptive, 8 in the beginning, and then what measuring "
-        "says, up to 32.",
+        "most 8, from the page cache; from storage, with scheduler.adaptive, 8 in the beginning, or 10 where they also copy "
+        "what they read, and then what measuring says, up to 32.",
     )
     chunk: Size = Field(
         default=16 * 2**20,

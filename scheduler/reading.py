@@ -11,7 +11,14 @@ from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.eviction import Eviction
 from weightstream.prefetch.filesystem import file_system_of
 from weightstream.prefetch.source import Source
-from weightstream.prefetch.tuner import FIRST_READ_BYTES, FIRST_WORKERS, MAX_WORKERS, Setting, Tuner
+from weightstream.prefetch.tuner import (
+    COPYING_WORKERS,
+    FIRST_READ_BYTES,
+    FIRST_WORKERS,
+    MAX_WORKERS,
+    Setting,
+    Tuner,
+)
 from weightstream.scheduler.plan import LoadPlan
 
 __all__ = ["Reading", "Residency", "look_at_cache", "look_for_passing", "make_eviction", "make_tuner"]
@@ -125,10 +132,11 @@ def make_tuner(
     can_direct = config.io == "auto" and has_slots and any(source.has_direct(chunk.source.shard) for chunk in cold)
     read_bytes = min(FIRST_READ_BYTES, config.chunk) if adaptive else config.chunk
     follows = adaptive and config.workers == "auto"
-    if follows and cold:
-        workers = max(workers, FIRST_WORKERS)
     # What is surely cold begins past the page cache, where that is possible; what may be warm, through it.
     direct = config.io == "direct" or (can_direct and not found.unknown)
+    if follows and cold:
+        copies = direct and not all(chunk.transfer.slot_bytes for chunk in cold)  # on the way to host memory
+        workers = max(workers, FIRST_WORKERS) + (COPYING_WORKERS if copies else 0)
     first = Setting(direct=direct, workers=workers, read_bytes=read_bytes)
     if known is not None and follows and cold and (can_direct or known.direct == first.direct):
         first = known

@@ -12,7 +12,7 @@ from torch import nn
 import weightstream as ws
 from tests.builders import assert_same, leaves_nothing, write_in_order
 from tests.fakes.rig import KIB, Rig
-from weightstream.prefetch.tuner import FIRST_READ_BYTES, MAX_WORKERS
+from weightstream.prefetch.tuner import COPYING_WORKERS, FIRST_READ_BYTES, FIRST_WORKERS, MAX_WORKERS
 
 MakeRig = Callable[..., Rig]
 MIB = 2**20
@@ -64,6 +64,25 @@ async def test_reads_that_may_not_adapt_fetch_whole_chunks(
     assert_loaded(model, tensors)
     assert rig.disk.num_begun == 4
     assert report.decisions[-1] == f"read in the end: {rig.io}, 2 workers, reads of 8 MiB"
+
+
+@pytest.mark.parametrize(
+    ("device", "io", "workers"),
+    [
+        pytest.param("host", "direct", FIRST_WORKERS + COPYING_WORKERS, id="copied by readers"),
+        pytest.param("host", "buffered", FIRST_WORKERS, id="read to where it belongs"),
+        pytest.param("fake", "direct", FIRST_WORKERS, id="copied by the device"),
+    ],
+)
+async def test_where_readers_copy_there_are_more_of_them(
+    make_rig: MakeRig, large: tuple[dict[str, torch.Tensor], Path], device: str, io: str, workers: int
+) -> None:
+    rig = make_rig(device, io=io)
+    model = meta_model(large[0])
+    async with rig.loader(chunk=8 * MIB, workers="auto") as loader:
+        report = await loader.load(model, large[1])
+    assert_loaded(model, large[0])
+    assert report.decisions[-1] == f"read in the end: {io}, {workers} workers, reads of 4 MiB"
 
 
 async def test_failed_part_ends_the_load_and_gives_every_slot_back(
