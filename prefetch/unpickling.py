@@ -271,7 +271,6 @@ _INSTRUCTIONS: dict[int, Callable[[_Machine], None]] = {
         b"G": _Machine.binfloat,
         b"X": _with(_Machine.string, 4),
         b"U": _with(_Machine.string, 1),
-        b"T": _with(_Machine.string, 4),
         b"N": _push(None),
         b"\x88": _push(True),
         b"\x89": _push(False),
