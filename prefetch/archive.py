@@ -163,6 +163,8 @@ class Archive:
             size, stored, header = self._long(name, rest[name_bytes:], size, stored, fields[16])
             if name in self.records:
                 self._refuse("a name is there twice", name)
+            if header + _LOCAL.size + max(stored, size) > self._data_end:  # also of one that is never located
+                self._refuse("a record does not end before the directory", name)
             is_plain = not flags & _NOT_PLAIN and not fields[15] & _FOLDER and method == 0 and stored == size
             self.records[name] = Record(header, size, is_plain)
         if len(self.records) != count:
