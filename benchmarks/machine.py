@@ -16,7 +16,7 @@ import torch
 
 from weightstream.prefetch.memory import usable_cores
 
-__all__ = ["describe", "folder_name", "sentence"]
+__all__ = ["describe", "folder_name", "kernel_release", "sentence"]
 
 ROOT = Path(__file__).parents[1]
 _PACKAGES = (
@@ -41,7 +41,7 @@ def describe(checkpoints: Path, device: str) -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "gpu": torch.cuda.get_device_name(torch.device(device)) if device.startswith("cuda") else None,
         "cuda": torch.version.cuda,
-        "kernel": "".join(re.findall(r"^[\d.]*\d", platform.release())),  # what a distributor adds is left out
+        "kernel": kernel_release(),
         "file_system": _file_system(checkpoints),
         "huge_pages": _selected(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
         "python": platform.python_version(),
@@ -49,6 +49,11 @@ def describe(checkpoints: Path, device: str) -> dict[str, Any]:
         "commit": _commit(),
         "command": " ".join(["python -m benchmarks", *map(_without_folder, sys.argv[1:])]),
     }
+
+
+def kernel_release() -> str:
+    """Return the kernel's version without what a distributor adds."""
+    return "".join(re.findall(r"^[\d.]*\d", platform.release()))
 
 
 def folder_name(machine: dict[str, Any]) -> str:

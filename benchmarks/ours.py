@@ -11,7 +11,7 @@ from torch import nn
 
 import weightstream as ws
 from benchmarks.arms import Arm, Case
-from weightstream.ceilings import copy_ceiling, read_ceiling
+from weightstream.ceilings import WINDOW_BYTES, copy_ceiling, read_ceiling
 from weightstream.scheduler.report import LoadReport
 
 __all__ = ["ARMS", "CEILINGS"]
@@ -152,7 +152,9 @@ ARMS = (
 
 
 def _read(case: Case, *, num_threads: int, direct: bool) -> None:
-    case.wall_s = read_ceiling(case.shards, num_threads=num_threads, direct=direct).wall_s
+    window = None if case.device.type == "cpu" else WINDOW_BYTES
+    found = read_ceiling(case.shards, num_threads=num_threads, direct=direct, window_bytes=window)
+    case.wall_s = found.wall_s
 
 
 def _copy(case: Case) -> None:

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.machine import kernel_release
 from tests.fakes.filesystem import Behaviour, Speed, mounted
 from tests.fakes.fuse import why_not
 from weightstream import LoaderConfig, LoadReport, load_sync, pagecache
@@ -249,7 +250,7 @@ def machine() -> str:
     """Say what this was measured on."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return (
-        f"{usable_cores()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()},"
+        f"{usable_cores()} cores, {platform.system()} {kernel_release()}, Python {platform.python_version()},"
         f" torch {torch.__version__}, {dt.datetime.now(tz=dt.UTC):%Y-%m-%d},"
         f" commit {commit.stdout.strip() or 'unknown'}"
     )

@@ -87,8 +87,9 @@ class Machine:
 _SHARE_OF_AVAILABLE = 7
 
 #: How long a Loader that is closed waits for reads that were given up, and for threads that have nothing to do any more.
-#: Not measured: ordinary reads take milliseconds, on a machine that does a hundred other things seconds.
-_CLOSE_GRACE_S = 5.0
+#: So short because a server that is told to end waits for it: with what else takes time then, it has gone after two
+#: seconds though a read hangs. What comes back later gives back all that it keeps, whether somebody waits or not.
+_CLOSE_GRACE_S = 0.5
 _END_GRACE_S = 0.5
 
 logger = ranked_logger(__name__)

@@ -78,6 +78,20 @@ def test_every_byte_arrives_where_it_belongs(
     assert contents(mapped[0], sizes) == [path.read_bytes() for path in paths]
 
 
+def test_reads_for_a_device_go_round_in_a_window(tmp_path: Path, mapped: list[mmap.mmap]) -> None:
+    paths = write(tmp_path, [5 * PAGE_BYTES, 10])
+    with leaves_nothing():
+        found = read_ceiling(
+            paths, num_threads=2, direct=False, chunk_bytes=PAGE_BYTES, window_bytes=2 * PAGE_BYTES + 17
+        )
+    assert found.num_bytes == 5 * PAGE_BYTES + 10
+    (window,) = mapped
+    assert len(window) == 2 * PAGE_BYTES
+    pages = [paths[0].read_bytes()[n * PAGE_BYTES : (n + 1) * PAGE_BYTES] for n in range(5)]
+    assert window[:10] in (paths[0].read_bytes()[4 * PAGE_BYTES :][:10], pages[2][:10], pages[0][:10])
+    assert window[PAGE_BYTES : PAGE_BYTES + 10] in (paths[1].read_bytes(), pages[3][:10], pages[1][:10])
+
+
 def test_short_reads_are_gone_on_with(tmp_path: Path, mapped: list[mmap.mmap], monkeypatch: pytest.MonkeyPatch) -> None:
     def read_less(fd: int, buffers: Sequence[memoryview], position: int) -> int:
         return real(fd, [buffers[0][:1000]], position)
@@ -140,10 +154,11 @@ def test_memory_that_is_refused_ends_the_threads(tmp_path: Path, monkeypatch: py
     [
         ([1], {"num_threads": 0}, "num_threads must be at least 1, found 0"),
         ([1], {"num_threads": 1, "chunk_bytes": 1000}, "chunk_bytes must be a multiple of 4096, found 1000"),
+        ([1], {"num_threads": 2, "chunk_bytes": 4096, "window_bytes": 8191}, "for each thread, 8192, found 8191"),
         ([0, 0], {"num_threads": 1}, "no byte to read in 2 files"),
         ([], {"num_threads": 1}, "no byte to read in 0 files"),
     ],
-    ids=["no-thread", "odd-chunk", "empty-files", "no-files"],
+    ids=["no-thread", "odd-chunk", "small-window", "empty-files", "no-files"],
 )
 def test_what_makes_no_sense_is_refused(
     tmp_path: Path, sizes: list[int], settings: dict[str, int], message: str

@@ -7,22 +7,24 @@ a user sees is the lower of the two; a load that reaches it has nothing left to 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from weightstream.prefetch.memory import PAGE_BYTES, allocate
 
-__all__ = ["CopyCeiling", "ReadCeiling", "copy_ceiling", "copy_round", "read_ceiling"]
+__all__ = ["WINDOW_BYTES", "CopyCeiling", "ReadCeiling", "copy_ceiling", "copy_round", "read_ceiling"]
 
-#: At most this much is page-locked for the copies, which go round in it: enough not to come from the CPU's caches.
-_WINDOW_BYTES = 256 * 2**20
+#: At most this much is page-locked for the copies, which go round in it, and reads for a device go round in as much:
+#: enough not to stay in the CPU's caches.
+WINDOW_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,28 +65,40 @@ class _Chunk:
 
 
 def read_ceiling(
-    paths: Sequence[Path], *, num_threads: int, direct: bool, chunk_bytes: int = 16 * 2**20
+    paths: Sequence[Path],
+    *,
+    num_threads: int,
+    direct: bool,
+    chunk_bytes: int = 16 * 2**20,
+    window_bytes: int | None = None,
 ) -> ReadCeiling:
-    """Read every byte of some files into fresh memory, each to a place of its own, and say how long that took.
+    """Read every byte of some files, and say how long that took.
 
-    Threads take the next chunk in the order of the files. The clock covers mapping the memory, touching it first, and
-    reading; not opening the files, and not starting the threads. The memory, as large as the files, is freed before
-    this returns. Blocks: not for the event loop's thread.
+    Threads take the next chunk in the order of the files. Each goes to a place of its own in fresh memory, as weights on
+    the host do, and the clock covers mapping the memory and touching it first. With `window_bytes` chunks go round in so
+    much memory that was touched before, as those do that only pass through on their way to a device. Neither opening
+    the files nor starting the threads counts. The memory is freed before this returns. Blocks: not for the event loop's
+    thread.
 
     Args:
         paths: the files, which must not change meanwhile.
         num_threads: how many read at once.
         direct: read past the page cache, with O_DIRECT.
         chunk_bytes: what one thread reads at a time, a multiple of 4 KiB.
+        window_bytes: the memory that reads go round in, at least one chunk for each thread. None: as large as the files.
 
     Raises:
         OSError: a file cannot be opened or read, or ended early; or, if `direct`, its file system refuses O_DIRECT.
-        ValueError: no thread, an odd chunk, or files without a byte.
+        ValueError: no thread, an odd chunk, a window that is too small, or files without a byte.
     """
     if num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, found {num_threads}")
     if chunk_bytes < 1 or chunk_bytes % PAGE_BYTES:
         raise ValueError(f"chunk_bytes must be a multiple of {PAGE_BYTES}, found {chunk_bytes}")
+    if window_bytes is not None and window_bytes < num_threads * chunk_bytes:
+        raise ValueError(
+            f"window_bytes must be at least a chunk for each thread, {num_threads * chunk_bytes}, found {window_bytes}"
+        )
     flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
     with ExitStack() as stack:
         fds: list[int] = []
@@ -96,7 +110,14 @@ def read_ceiling(
             raise ValueError(f"there is no byte to read in {len(sizes)} files")
         chunks = _cut(fds, sizes, chunk_bytes)
         length = sum(map(_whole_pages, sizes))
-        wall_s = _time_reads(chunks, length, num_threads)
+        if window_bytes is None or window_bytes >= length:
+            wall_s = _time_reads(chunks, num_threads, lambda: allocate(length))
+        else:
+            num_places = window_bytes // chunk_bytes
+            chunks = [replace(chunk, place=n % num_places * chunk_bytes) for n, chunk in enumerate(chunks)]
+            window = allocate(num_places * chunk_bytes)
+            torch.frombuffer(window, dtype=torch.uint8).fill_(1)  # touches it
+            wall_s = _time_reads(chunks, num_threads, lambda: window)
     return ReadCeiling(sum(sizes), wall_s, num_threads, direct)
 
 
@@ -116,8 +137,8 @@ def _cut(fds: Sequence[int], sizes: Sequence[int], chunk_bytes: int) -> list[_Ch
     return chunks
 
 
-def _time_reads(chunks: Sequence[_Chunk], length: int, num_threads: int) -> float:
-    """Map `length` bytes and read all chunks to their places on threads of its own; return seconds."""
+def _time_reads(chunks: Sequence[_Chunk], num_threads: int, map_memory: Callable[[], mmap.mmap]) -> float:
+    """Map memory and read all chunks to their places in it on threads of its own; return seconds."""
     memory: list[memoryview] = []
     errors: list[BaseException] = []
     mapped = threading.Event()
@@ -139,7 +160,7 @@ def _time_reads(chunks: Sequence[_Chunk], length: int, num_threads: int) -> floa
         thread.start()
     begin_s = time.perf_counter()
     try:
-        memory.append(memoryview(allocate(length)))
+        memory.append(memoryview(map_memory()))
     except BaseException as error:
         errors.append(error)
         raise
@@ -194,7 +215,7 @@ def copy_ceiling(device: torch.device, *, num_bytes: int, chunk_bytes: int) -> C
         raise ValueError(f"there is nothing to copy to on {device}: name an accelerator")
     if num_bytes < 1 or chunk_bytes < 1:
         raise ValueError(f"sizes must be at least 1 byte, found num_bytes {num_bytes}, chunk_bytes {chunk_bytes}")
-    num_places = max(1, min(_WINDOW_BYTES, num_bytes) // chunk_bytes)
+    num_places = max(1, min(WINDOW_BYTES, num_bytes) // chunk_bytes)
     source = torch.zeros(num_places, chunk_bytes, dtype=torch.uint8, pin_memory=True)
     destination = torch.zeros_like(source, device=device)
     torch.accelerator.synchronize(device)  # the destination was made on another stream

@@ -125,12 +125,13 @@ def _resident_share(subject: Subject) -> float | None:
 
 def _read_all(subject: Subject, *, num_threads: int, direct: bool) -> ReadCeiling:
     """Read all files raw; anew from the beginning, as often as a load would try, where that fails for a moment."""
-    from weightstream.ceilings import read_ceiling  # noqa: PLC0415
+    from weightstream.ceilings import WINDOW_BYTES, read_ceiling  # noqa: PLC0415
 
+    window = None if subject.device.type == "cpu" else WINDOW_BYTES
     attempts, number = sleeping(subject.config.prefetch.retries), 0
     while True:
         try:
-            return read_ceiling(subject.paths, num_threads=num_threads, direct=direct)
+            return read_ceiling(subject.paths, num_threads=num_threads, direct=direct, window_bytes=window)
         except OSError as error:
             if not attempts.once_more(error, number, subject.checkpoint):
                 raise
