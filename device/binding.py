@@ -75,19 +75,22 @@ class Binder:
             for index in filled:
                 ready.extend(site.name for site in _sites(described[index]))
             places = [index for index in places if described[index].mode != "fill"]
-        adopt = self._adopt if self._is_atomic else self._exchange  # one call for each tensor, not two
-        for index, tensor in zip(places, self._stage.take(places), strict=True):
+        tensors: list[torch.Tensor] = []
+        adopted: list[torch.Tensor] = []
+        for index, taken in zip(places, self._stage.take(places), strict=True):
             place = described[index]
-            loaded = tensor if place.stride is None else self._in_order(tensor)
+            loaded = taken if place.stride is None else self._in_order(taken)
             if place.mode == "stage":
                 self._staged[place.name] = loaded
                 continue
             target = place.target
             assert target is not None
-            adopt(target.tensor, loaded)
+            tensors.append(target.tensor)
+            adopted.append(loaded)
             ready.append(target.name)
             if target.ties:
                 ready.extend(tie.name for tie in target.ties)
+        self._adopt(tensors, adopted)
         if self._is_atomic:
             self._ready += ready
             return []
@@ -142,20 +145,22 @@ class Binder:
         while self._on_meta:
             del self._on_meta[-1000:], self._adopted[-1000:]
 
-    def _adopt(self, tensor: torch.Tensor, loaded: torch.Tensor) -> None:
-        """Put a loaded tensor behind a parameter or buffer that is on meta; if all change at once, do so later."""
+    def _adopt(self, tensors: list[torch.Tensor], loaded: list[torch.Tensor]) -> None:
+        """Put loaded tensors behind parameters and buffers that are on meta; if all change at once, do so later."""
         if self._is_atomic:
-            self._waiting.append(tensor)
-            self._loaded.append(loaded)
+            self._waiting += tensors
+            self._loaded += loaded
         else:
-            self._exchange(tensor, loaded)
+            self._exchange(tensors, loaded)
 
-    def _exchange(self, tensor: torch.Tensor, loaded: torch.Tensor) -> None:
-        if tensor.requires_grad:
-            loaded.requires_grad_(True)
-        _exchange(tensor, loaded)
-        self._adopted.append(tensor)
-        self._on_meta.append(loaded)  # which is what the parameter was before
+    def _exchange(self, tensors: list[torch.Tensor], loaded: list[torch.Tensor]) -> None:
+        note, note_on_meta = self._adopted.append, self._on_meta.append
+        for tensor, other in zip(tensors, loaded, strict=True):
+            if tensor.requires_grad:
+                other.requires_grad = True
+            _exchange(tensor, other)
+            note(tensor)
+            note_on_meta(other)  # which is what the parameter was before
 
     @torch.no_grad()
     def _finish_staged(self, ready: list[str]) -> None:
@@ -172,8 +177,7 @@ class Binder:
         self._load_subtrees(ready)
         self._keep((place.name, _target(place)) for place in placement.shared)
         self._write_shared(ready)
-        for tensor, loaded in zip(self._waiting, self._loaded, strict=True):
-            self._exchange(tensor, loaded)
+        self._exchange(self._waiting, self._loaded)
         self._waiting.clear()
         self._loaded.clear()
         self._write_at_once([*placement.strided, *placement.sharded], ready)
@@ -284,9 +288,9 @@ class Binder:
             if not target.tensor.is_meta:  # it had storage, which `assign` does not ask for
                 target.tensor.copy_(contents)
             elif (contents.data_ptr(), contents.dtype, contents.shape) in whole:
-                self._adopt(target.tensor, contents)
+                self._adopt([target.tensor], [contents])
             else:  # a hook's slice holds all of a block
-                self._adopt(target.tensor, contents.clone(memory_format=torch.contiguous_format))
+                self._adopt([target.tensor], [contents.clone(memory_format=torch.contiguous_format)])
         self._note_keys(subtree, name, keys.missing_keys, keys.unexpected_keys)
         self._placement.loaded_themselves.append(name)
 

@@ -1,3 +1,5 @@
+# pyright: reportPrivateUsage=false
+# Dispatching below autograd has no public name.
 """The device stage of one load: from filled buffers to finished tensors.
 
 Owns the load's blocks until the tensors in them have been taken. Its methods are called by two kinds of threads:
@@ -11,7 +13,8 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import NamedTuple, cast
 
 import torch
 from torch.autograd.graph import increment_version
@@ -21,6 +24,11 @@ from weightstream.device.layout import IN_SLOT, Layout, Piece, Transfer
 from weightstream.device.placement import Place
 
 __all__ = ["Destination", "DeviceStage"]
+
+_below_autograd = cast(
+    "Callable[[], AbstractContextManager[None]]",
+    torch._C._AutoDispatchBelowADInplaceOrView,  # pyright: ignore[reportUnknownMemberType]  # as `torch.library` uses it
+)
 
 
 class Destination(NamedTuple):
@@ -139,9 +147,7 @@ class DeviceStage:
 
         Those whose bytes are not in the order of their elements are views with strides.
 
-        Views are made in bulk: tensors of one shape that lie at equal distances are one call. Each has a version counter
-        of its own, through `.data`: views of one block that shared a counter would make an in-place change of one
-        parameter look, to autograd, like a change of its neighbours.
+        Views are made in bulk: tensors of one shape that lie at equal distances are one call.
         """
         described, block_of, offset_of = self._layout.places, self._layout.block_of, self._layout.offset_of
         alike: dict[tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...] | None], tuple[list[int], list[int]]] = {}
@@ -154,7 +160,8 @@ class DeviceStage:
             else:
                 found[0].append(rank)
                 found[1].append(offset_of[index])
-        taken: dict[int, torch.Tensor] = {}
+        nothing = torch.empty(0)
+        taken = [nothing] * len(places)
         for (block, dtype, shape, stride), (ranks, offsets) in alike.items():
             if block == IN_SLOT:  # tensors without bytes
                 devices = [self._destinations[described[places[rank]].device].backend.device for rank in ranks]
@@ -166,8 +173,9 @@ class DeviceStage:
                 self._members[block] -= len(ranks)
                 if not self._members[block] and block >= self._layout.num_given:
                     self._drop(block)
-            taken.update(zip(ranks, views, strict=True))
-        return [taken[rank] for rank in range(len(places))]
+            for rank, view in zip(ranks, views, strict=True):
+                taken[rank] = view
+        return taken
 
     def run(self, action: Callable[[], None]) -> None:
         """Call `action` with the user's streams current, and return when its work on the devices is done."""
@@ -290,7 +298,11 @@ def _elements(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _views(
     elements: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], offsets: list[int]
 ) -> list[torch.Tensor]:
-    """Return the tensors of one shape that begin at these offsets, in bytes, of a flat tensor."""
+    """Return the tensors of one shape that begin at these offsets, in bytes, of a flat tensor.
+
+    Made below autograd, where they are not views of anything, and each has a version counter of its own: if they shared
+    one, an in-place change of one parameter would look, to autograd, like a change of its neighbours.
+    """
     itemsize = elements.dtype.itemsize
     views: list[torch.Tensor] = []
     first = 0
@@ -300,10 +312,10 @@ def _views(
         while step and stop < len(offsets) and offsets[stop] - offsets[stop - 1] == step:
             stop += 1
         count = stop - first
-        all_of_them = elements.as_strided(
-            (count, *shape), (step // itemsize, *strides), offsets[first] // itemsize
-        ).unbind(0)
-        views += [view.data for view in all_of_them]
+        with _below_autograd():
+            views += elements.as_strided(
+                (count, *shape), (step // itemsize, *strides), offsets[first] // itemsize
+            ).unbind(0)
         first = stop
     return views
 
