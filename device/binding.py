@@ -23,7 +23,7 @@ from torch import nn
 
 from weightstream.device.accelerator import foreach_copy
 from weightstream.device.exchange import exchange as _exchange
-from weightstream.device.placement import Place, Placement
+from weightstream.device.placement import Place, Placement, tensor_of
 from weightstream.device.sharded import is_sharded, local_parts, split_like
 from weightstream.device.stage import DeviceStage
 from weightstream.device.targets import Site, Subtree, Target
@@ -73,7 +73,7 @@ class Binder:
         if filled:
             self._stage.filled(filled)
             for index in filled:
-                ready.extend(site.name for site in _sites(described[index]))
+                ready += described[index].names
             places = [index for index in places if described[index].mode != "fill"]
         tensors: list[torch.Tensor] = []
         adopted: list[torch.Tensor] = []
@@ -83,13 +83,12 @@ class Binder:
             if place.mode == "stage":
                 self._staged[place.name] = loaded
                 continue
-            target = place.target
-            assert target is not None
-            tensors.append(target.tensor)
+            tensors.append(tensor_of(place))
             adopted.append(loaded)
-            ready.append(target.name)
-            if target.ties:
-                ready.extend(tie.name for tie in target.ties)
+            if place.target is None:
+                ready.append(place.name)
+            else:
+                ready += place.target.names
         self._adopt(tensors, adopted)
         if self._is_atomic:
             self._ready += ready
@@ -175,7 +174,7 @@ class Binder:
         placement = self._placement
         self._compare_doubles()
         self._load_subtrees(ready)
-        self._keep((place.name, _target(place)) for place in placement.shared)
+        self._keep((place.name, tensor_of(place)) for place in placement.shared)
         self._write_shared(ready)
         self._exchange(self._waiting, self._loaded)
         self._waiting.clear()
@@ -198,7 +197,7 @@ class Binder:
         shared = {place.name: self._staged[place.name] for place in self._placement.shared}
         self._write(self._placement.shared, ready)
         for place in self._placement.shared:
-            if not _are_same(_target(place), shared[place.name]):
+            if not _are_same(tensor_of(place), shared[place.name]):
                 raise PlacementError(
                     "the model has this tensor in the memory of another one, for which the checkpoint has other values",
                     tensor=place.name,
@@ -211,8 +210,8 @@ class Binder:
             return
         waiting = {id(tensor): loaded for tensor, loaded in zip(self._waiting, self._loaded, strict=True)}
         for first, second in self._placement.doubles:
-            found = self._staged.get(first.name, waiting.get(id(_target(first))))
-            loaded = _registered(_sites(first)[0]) if found is None else found
+            found = self._staged.get(first.name, waiting.get(id(tensor_of(first))))
+            loaded = tensor_of(first) if found is None else found
             self._compare(first, loaded, self._staged.pop(second.name), second)
 
     def _load_subtrees(self, ready: list[str]) -> None:
@@ -225,19 +224,19 @@ class Binder:
     def _write(self, places: list[Place], ready: list[str]) -> None:
         """Copy staged tensors to the storage that their targets have."""
         for place in places:
-            tensor, loaded = _target(place), self._staged.pop(place.name)
+            tensor, loaded = tensor_of(place), self._staged.pop(place.name)
             self._written.append(place.name)
             if is_sharded(tensor):
                 tensor, loaded = local_parts(tensor, loaded)
             tensor.copy_(loaded)
-            ready.extend(site.name for site in _sites(place))
+            ready += place.names
 
     def _write_at_once(self, places: list[Place], ready: list[str]) -> None:
         """Do what `_write` does, in one call where that is possible."""
         targets: list[torch.Tensor] = []
         sources: list[torch.Tensor] = []
         for place in places:
-            target, loaded = _target(place), self._staged[place.name]
+            target, loaded = tensor_of(place), self._staged[place.name]
             odd = is_sharded(target) or not target.is_contiguous() or target.is_conj() or target.is_neg()
             if odd or target.device != loaded.device:
                 self._write([place], ready)
@@ -245,7 +244,7 @@ class Binder:
             self._written.append(place.name)  # before: where it stops, if it does, nobody knows
             targets.append(target.detach().view(-1).view(torch.uint8))  # not every dtype has a copy of its own
             sources.append(self._staged.pop(place.name).view(-1).view(torch.uint8))
-            ready.extend(site.name for site in _sites(place))
+            ready += place.names
         if targets:
             foreach_copy(targets, sources)
 
@@ -373,17 +372,8 @@ def _are_same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
 
 
-def _target(place: Place) -> torch.Tensor:
-    assert place.target is not None
-    return place.target.tensor
-
-
-def _sites(place: Place) -> tuple[Site, ...]:
-    assert place.target is not None
-    return place.target.sites
-
-
 def _registered(site: Site) -> torch.Tensor:
-    found = site.module._parameters.get(site.key) if site.is_parameter else site.module._buffers.get(site.key)
+    module, key = site.module, site.key
+    found = module._parameters[key] if key in module._parameters else module._buffers.get(key)
     assert found is not None
     return found

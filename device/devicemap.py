@@ -52,19 +52,17 @@ class DeviceMap:
         """
         modules = {prefix[:-1] for prefix in found.prefixes}
         for name in self._entries:
-            if name and name not in modules and name not in found.by_name and name not in found.own_buffers:
+            if name and name not in modules and name not in found.index_of and name not in found.own_buffers:
                 raise PlacementError(f"the device map names {name!r}, and the model has no such module or tensor")
-        for target in found.by_name.values():
-            if target.on_meta or not target.is_parameter:
-                continue
-            index = self.index_of(target.name)
+        for name in found.materialised:
+            index, actual = self.index_of(name), found.get(name).device
             expected = torch.device("meta") if index is None else self.devices[index]
-            if target.tensor.device != expected:
+            if actual != expected:
                 raise PlacementError(
                     "the parameter already has storage, on another device than the device map says",
-                    tensor=target.name,
+                    tensor=name,
                     expected=str(expected),
-                    actual=str(target.tensor.device),
+                    actual=str(actual),
                     hint="Move it there, or change device.device_map",
                 )
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import repeat
 from typing import NoReturn
 
 import msgspec
@@ -16,7 +17,7 @@ from weightstream.device.config import DeviceConfig
 from weightstream.device.devicemap import DeviceMap
 from weightstream.device.dtypes import CASTABLE, destination_dtype, torch_dtype, torch_shape, unsupported
 from weightstream.device.names import NameRules
-from weightstream.device.placement import Mode, Place, Placement, Stored
+from weightstream.device.placement import Mode, Place, Placement, Stored, tensor_of
 from weightstream.device.sharded import check_sharded, is_sharded
 from weightstream.device.sharing import find_sharing, length_in_memory
 from weightstream.device.targets import Subtree, Target, Targets, find_targets
@@ -81,41 +82,43 @@ def match(  # noqa: C901, PLR0912 (one loop over all tensors)
     else:
         placement.devices = (_common_device(found, config, default),)
     index, device = 0, placement.devices[0]
-    places, names, find = placement.places, placement.names, found.by_name.get
-    add_place, add_name = places.append, names.append
+    places, names, find, special = placement.places, placement.names, found.index_of.get, found.special
+    add_place, add_name, tensors = places.append, names.append, found.tensors
+    as_declared = config.dtype == "model"
     unexpected: list[str] = []
     in_place: list[int] = []
-    for name, spec in stored.items():
-        target = find(name)
-        if devices is not None and (target is not None or _enclosing(found.subtrees, name) is not None):
+    all_at = list(map(find, stored, repeat(-1)))  # in one go: most of it is waiting for memory
+    for (name, spec), at in zip(stored.items(), all_at, strict=True):
+        target = special.get(at) if special else None
+        if devices is not None and (at >= 0 or _enclosing(found.subtrees, name) is not None):
             chosen = devices.index_of(name if target is None else target.name)
             if chosen is None:
                 continue
             index, device = chosen, placement.devices[chosen]
-        if target is None or target.subtree is not None:
+        if at < 0 or (target is not None and target.subtree is not None):
             if not _place_specially(placement, found, name, spec, target, config, index):
                 # Checkpoints of older versions hold what is computed by now: position numbers, rotary tables.
                 (placement.computed if name in found.own_buffers else unexpected).append(name)
                 continue
         else:
-            place = _place(name, spec, target, config, device, index)
+            place = _place(name, spec, tensors[at], at, target, config, device, index, as_declared=as_declared)
             add_place(place)
             if place.mode != "adopt":
-                _note_in_place(placement, place, target, in_place)
-        if target is not None and target.filled_by < 0:
+                _note_in_place(placement, place, in_place)
+        if target is None:
+            add_name(name)
+        elif target.filled_by < 0:
             target.filled_by = len(places) - 1
-            add_name(target.name)
-            if target.ties:
-                names.extend(tie.name for tie in target.ties)
+            names.extend(target.names)
     if in_place:
         _find_shared(placement, in_place)
     missing: list[str] = []
-    if len(names) < len(found.by_name) or placement.subtrees:
-        unloaded = set(placement.unloaded)
+    if len(names) < len(found.index_of) or placement.subtrees:
+        known = {*names, *placement.unloaded}
         missing = [
             name
-            for name, target in found.by_name.items()
-            if target.filled_by < 0 and target.subtree is None and name not in unloaded
+            for name, at in found.index_of.items()
+            if name not in known and (at not in special or special[at].subtree is None)
         ]
     placement.note_keys(missing, unexpected)
     return placement
@@ -128,15 +131,17 @@ def _leave_on_meta(placement: Placement, found: Targets, devices: DeviceMap) -> 
         PlacementError: a module that loads itself would get a part of its tensors alone.
     """
     unloaded: set[str] = set()
-    for name, target in found.by_name.items():
-        if name != target.name:  # a tie: dealt with under its first name
+    for name, at in found.index_of.items():
+        target = found.special.get(at)
+        if target is not None and name != target.name:  # a tie: dealt with under its first name
             continue
         index = devices.index_of(name)
+        names = [name] if target is None else target.names
         if index is None:
-            unloaded.update(target.names)
-        if any(devices.index_of(tie.name) != index for tie in target.ties):
+            unloaded.update(names)
+        if any(devices.index_of(other) != index for other in names[1:]):
             placement.split_ties.append(name)
-    placement.unloaded = [name for name in found.by_name if name in unloaded]
+    placement.unloaded = [name for name in found.index_of if name in unloaded]
     for subtree in list(found.subtrees):
         left = [target.name for target in subtree.targets if target.name in unloaded]
         if left and len(left) == len(subtree.targets):
@@ -149,11 +154,12 @@ def _leave_on_meta(placement: Placement, found: Targets, devices: DeviceMap) -> 
             )
 
 
-def _note_in_place(placement: Placement, place: Place, target: Target, in_place: list[int]) -> None:
+def _note_in_place(placement: Placement, place: Place, in_place: list[int]) -> None:
     """Note what has to be done at the end for the last of the places, whose target has storage or is filled already."""
-    if target.filled_by >= 0:
+    target = place.target
+    if target is not None and target.filled_by >= 0:
         placement.doubles.append((placement.places[target.filled_by], place))
-    elif place.mode == "stage" and is_sharded(target.tensor):
+    elif place.mode == "stage" and is_sharded(tensor_of(place)):
         placement.sharded.append(place)
     else:
         in_place.append(len(placement.places) - 1)
@@ -167,10 +173,10 @@ def _find_shared(placement: Placement, in_place: list[int]) -> None:
     lengths = [
         place.num_bytes
         if place.mode == "fill" and place.dtype is place.stored_dtype
-        else length_in_memory(_tensor(place))
+        else length_in_memory(tensor_of(place))
         for place in (places[index] for index in in_place)
     ]
-    found = find_sharing([_tensor(places[index]) for index in in_place], lengths)
+    found = find_sharing([tensor_of(places[index]) for index in in_place], lengths)
     if not found:
         return
     shared = [in_place[rank] for rank in found]
@@ -179,11 +185,6 @@ def _find_shared(placement: Placement, in_place: list[int]) -> None:
     placement.shared = sorted((places[index] for index in shared), key=lambda place: place.position)
     names = {place.name for place in placement.shared}
     placement.strided = [place for place in placement.strided if place.name not in names]
-
-
-def _tensor(place: Place) -> torch.Tensor:
-    assert place.target is not None
-    return place.target.tensor
 
 
 def _place_specially(
@@ -239,10 +240,8 @@ def _refuse_hooks(name: str) -> NoReturn:
 def _common_device(found: Targets, config: DeviceConfig, default: torch.device) -> torch.device:
     """Return the device of the parameters that have storage, else the default. Buffers are copied to where they are."""
     device: torch.device | None = None
-    for name, target in found.by_name.items():
-        if target.on_meta or not target.is_parameter:
-            continue
-        place = target.tensor.device
+    for name in found.materialised:
+        place = found.get(name).device
         if device is None and (config.target == "auto" or place == default):
             device = place
         elif place != device:
@@ -260,23 +259,33 @@ def _enclosing(subtrees: list[Subtree], name: str) -> Subtree | None:
     return next((subtree for subtree in subtrees if name.startswith(subtree.prefix)), None) if subtrees else None
 
 
-def _place(name: str, spec: Stored, target: Target, config: DeviceConfig, device: torch.device, index: int) -> Place:
-    tensor, shape = target.tensor, spec.shape
-    kind, declared, on_meta = type(tensor), target.declared, target.on_meta
+def _place(  # noqa: PLR0913 (called for each tensor: objects that hold some of these would cost as much again)
+    name: str,
+    spec: Stored,
+    tensor: torch.Tensor,
+    at: int,
+    target: Target | None,
+    config: DeviceConfig,
+    device: torch.device,
+    index: int,
+    *,
+    as_declared: bool,
+) -> Place:
+    shape, declared, on_meta = spec.shape, tensor.dtype, tensor.is_meta
     dtype = torch_dtype(spec.dtype)
     if dtype is None:
         raise unsupported(spec.dtype, name)
     if spec.dtype == "F4":
         shape = torch_shape(spec.dtype, shape, tensor=name)
-    if kind not in _PLAIN:
+    if type(tensor) not in _PLAIN:
         _check_kind(tensor, name)
     if tensor.shape != shape:
         _check_shape(tensor, shape, name)
     wanted = declared
-    if dtype is not declared or (on_meta and config.dtype != "model"):
+    if dtype is not declared or (on_meta and not as_declared):
         wanted = destination_dtype(dtype, declared, config, on_meta=on_meta, tensor=name)
     mode: Mode = "adopt"
-    if target.filled_by >= 0:
+    if target is not None and target.filled_by >= 0:
         mode = "stage"
     elif not on_meta:
         mode = _mode_in_place(tensor, device, config, name)
@@ -284,7 +293,7 @@ def _place(name: str, spec: Stored, target: Target, config: DeviceConfig, device
             mode = "stage"
     elif tensor._backward_hooks is not None or tensor._post_accumulate_grad_hooks:
         _refuse_hooks(name)
-    return Place(name, spec.num_bytes, dtype, wanted, shape, mode, target.position, target, spec.stride, index)
+    return Place(name, spec.num_bytes, dtype, wanted, shape, mode, at, tensor, spec.stride, index, target)
 
 
 def _mode_in_place(tensor: torch.Tensor, device: torch.device, config: DeviceConfig, name: str) -> Mode:
@@ -323,7 +332,8 @@ def _subtree_place(
             on_meta = target.tensor.device.type == "meta"
             wanted = destination_dtype(dtype, target.tensor.dtype, config, on_meta=on_meta, tensor=name)
     position = subtree.targets[0].position if subtree.targets else 0
-    return Place(name, spec.num_bytes, dtype, wanted, shape, "stage", position, target, spec.stride, device)
+    tensor = None if target is None else target.tensor
+    return Place(name, spec.num_bytes, dtype, wanted, shape, "stage", position, tensor, spec.stride, device, target)
 
 
 def _check_kind(tensor: torch.Tensor, name: str) -> None:

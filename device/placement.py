@@ -17,7 +17,7 @@ from weightstream.device.names import NameRules
 from weightstream.device.targets import Subtree, Target
 from weightstream.errors import MissingKeysError, UnexpectedKeysError, some
 
-__all__ = ["Mode", "Place", "Placement", "Stored"]
+__all__ = ["Mode", "Place", "Placement", "Stored", "tensor_of"]
 
 #: adopt: the loader makes the storage and the parameter takes it. fill: the parameter has contiguous storage, which is
 #: written to. stage: the loader makes a tensor that somebody else places at the end (module hooks, strided copies,
@@ -46,7 +46,7 @@ class Place(msgspec.Struct, frozen=True, gc=False):
     `num_bytes` and `stored_dtype` are the file's; `dtype` is what it will have in the model, and `name` is the model's
     too: `device.rename` may have made it out of the file's. `stride` is not None where the file's elements do not lie
     in order: the stage hands out a view of them, and nothing is read into storage of the model's. `device` counts in
-    `Placement.devices`.
+    `Placement.devices`. `tensor` is the model's, if there is one, and `target` says more of it, if there is more to say.
     """
 
     name: str
@@ -56,9 +56,15 @@ class Place(msgspec.Struct, frozen=True, gc=False):
     shape: tuple[int, ...]
     mode: Mode
     position: int
-    target: Target | None = None
+    tensor: torch.Tensor | None = None
     stride: tuple[int, ...] | None = None
     device: int = 0
+    target: Target | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """All names that its tensor has in the model."""
+        return [self.name] if self.target is None else self.target.names
 
     @property
     def is_cast(self) -> bool:
@@ -208,3 +214,9 @@ class Placement:
 
 def _adopts(place: Place) -> bool:
     return place.target is not None and place.target.on_meta
+
+
+def tensor_of(place: Place) -> torch.Tensor:
+    """Return the model's tensor of a place that has one."""
+    assert place.tensor is not None
+    return place.tensor

@@ -21,7 +21,7 @@ from torch.autograd.graph import increment_version
 
 from weightstream.device.backend import Backend, Event, Spread
 from weightstream.device.layout import IN_SLOT, Layout, Piece, Transfer
-from weightstream.device.placement import Place
+from weightstream.device.placement import Place, tensor_of
 
 __all__ = ["Destination", "DeviceStage"]
 
@@ -140,7 +140,7 @@ class DeviceStage:
 
     def filled(self, places: Iterable[int]) -> None:
         """Let autograd see that parameters have been written to, by readers too: whoever saved one meanwhile is told."""
-        increment_version([_tensor(self._layout.places[place]) for place in places])
+        increment_version([tensor_of(self._layout.places[place]) for place in places])
 
     def take(self, places: Sequence[int]) -> list[torch.Tensor]:
         """Return finished tensors, in their final dtype and shape, and let go of blocks of which these were the last.
@@ -249,7 +249,7 @@ class DeviceStage:
         Autograd sees that it was written to, as after `copy_`: from now on, and once more in `filled`.
         """
         self.touched.add(place)
-        tensor = _tensor(self._layout.places[place])
+        tensor = tensor_of(self._layout.places[place])
         increment_version(tensor)
         memory = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
         memory.storage = tensor.untyped_storage()  # type: ignore[attr-defined]  # instances of ctypes take attributes
@@ -280,14 +280,9 @@ class DeviceStage:
             self._destinations[self._layout.device_of[index]].on_block(-self._layout.blocks[index])
 
 
-def _tensor(place: Place) -> torch.Tensor:
-    assert place.target is not None
-    return place.target.tensor
-
-
 def _storage_of(place: Place) -> torch.Tensor:
     """Return a materialised parameter flat. It shares the version counter: autograd sees that it was written to."""
-    return _tensor(place).detach().view(-1)
+    return tensor_of(place).detach().view(-1)
 
 
 def _elements(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

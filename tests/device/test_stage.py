@@ -16,7 +16,6 @@ from weightstream.device.backend import HostBackend, NowhereBackend
 from weightstream.device.layout import Layout
 from weightstream.device.placement import Mode, Place
 from weightstream.device.stage import Destination, DeviceStage
-from weightstream.device.targets import Target
 from weightstream.prefetch.arena import Arena
 from weightstream.prefetch.memory import allocate
 
@@ -24,11 +23,8 @@ OWN = 4096
 
 
 def place(tensor: torch.Tensor, mode: Mode = "adopt", parameter: torch.Tensor | None = None) -> Place:
-    target = None
-    if parameter is not None:
-        target = Target(parameter, parameter.dtype, parameter.is_meta, "t", torch.nn.Module(), "t", True, 0)
     dtype = tensor.dtype if parameter is None else parameter.dtype
-    return Place("t", tensor.nbytes, tensor.dtype, dtype, tuple(tensor.shape), mode, 0, target)
+    return Place("t", tensor.nbytes, tensor.dtype, dtype, tuple(tensor.shape), mode, 0, parameter)
 
 
 class Bench:

@@ -138,7 +138,7 @@ def _load_by_map(
     model: nn.Module, path: Path, device_map: Mapping[str, Device], casts: Casts, *, strict: bool
 ) -> LoadReport:
     found = find_targets(model)
-    known = {*(prefix[:-1] for prefix in found.prefixes), *found.by_name, *found.own_buffers}
+    known = {*(prefix[:-1] for prefix in found.prefixes), *found.index_of, *found.own_buffers}
     strangers = [name for name in device_map if name not in known]
     if strangers:
         logger.warning("device_map names what the model does not have: %s", ", ".join(strangers[:5]))
@@ -155,7 +155,7 @@ def _load_by_map(
         for tensor, had in aside:
             exchange(tensor, had)
         raise
-    left = {id(found.by_name[name].tensor) for name in report.unloaded_keys}
+    left = {id(found.get(name)) for name in report.unloaded_keys}
     for tensor, had in aside:
         if tensor.is_meta and id(tensor) not in left:  # the checkpoint lacks it
             exchange(tensor, had)
@@ -184,9 +184,9 @@ def _put_aside(
         casts: what dtype they are to have.
         aside: filled in: tensors, and what was behind them.
     """
-    for name, target in found.by_name.items():
-        tensor = target.tensor
-        if name != target.name or not _is_plain(tensor):  # a tie, or what is refused by name later
+    for name, position in found.index_of.items():
+        tensor = found.tensors[position]
+        if name != found.first_name(name) or not _is_plain(tensor):  # a tie, or what is refused by name later
             continue
         index, dtype = devices.index_of(name), casts(name, tensor.dtype)
         device = torch.device("meta") if index is None else devices.devices[index]
