@@ -13,7 +13,6 @@ from weightstream.prefetch.header import (
     TensorSpec,
     count_strings,
     one_line,
-    parse_string_mapping,
     refuse_doubles,
 )
 from weightstream.prefetch.opening import read_whole
@@ -24,6 +23,7 @@ __all__ = ["MAX_INDEX_BYTES", "check_index", "parse_index", "read_index"]
 MAX_INDEX_BYTES = MAX_HEADER_BYTES
 
 _decode_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_strings = msgspec.json.Decoder(dict[str, str]).decode
 
 
 def read_index(path: Path, resolved: Path) -> dict[str, str]:
@@ -60,11 +60,13 @@ def _decode_index(raw: bytes) -> dict[str, str]:
         raise ValueError(f"more than {MAX_STRINGS} strings")
     raw.decode()  # the decoder does not look into what it skips
     members = _decode_members(raw)
-    if num_strings != len(members) + sum(count_strings(bytes(member)) for member in members.values()):
-        refuse_doubles(raw)  # the decoder has kept the last of two and dropped the other with its strings
     if "weight_map" not in members:
         raise ValueError("there is no `weight_map`")
-    return parse_string_mapping(members["weight_map"])
+    weight_map = _decode_strings(members.pop("weight_map"))
+    expected = 1 + 2 * len(weight_map) + len(members) + sum(count_strings(bytes(other)) for other in members.values())
+    if num_strings != expected:
+        refuse_doubles(raw)  # the decoder has kept the last of two and dropped the other with its strings
+    return weight_map
 
 
 def check_index(

@@ -304,13 +304,15 @@ class Job:
     def _bind_given(self, sink: Sink, flow: Flow, plan: LoadPlan) -> None:
         """Place what is where it belongs already, in parts, so that others get their turn and a stop is seen."""
         sizes = plan.layout.places
-        for first in range(0, len(plan.given), _AT_ONCE):
-            self._check_stop()
-            part = list(plan.given[first : first + _AT_ONCE])
-            with no_garbage_collection(), self._placing():
-                self.readiness.mark(sink.take(part))
-            num_bytes = sum(sizes[place].num_bytes for place in part)
-            flow.given(num_bytes)
+        with (
+            no_garbage_collection()
+        ):  # over all of them: each time it is switched on again, it looks at all that is new
+            for first in range(0, len(plan.given), _AT_ONCE):
+                self._check_stop()
+                part = list(plan.given[first : first + _AT_ONCE])
+                with self._placing():
+                    self.readiness.mark(sink.take(part))
+                flow.given(sum(sizes[place].num_bytes for place in part))
 
     @contextmanager
     def _placing(self) -> Generator[None, None, None]:

@@ -251,8 +251,8 @@ DEEP = 100_000
         ),
         pytest.param('{"a":{"dtype":"F32","shape":[2e0],"data_offsets":[0,8]}}', "Expected `int`", id="exponent"),
         pytest.param('{"a":{"dtype":"F32","shape":[true,2],"data_offsets":[0,8]}}', "Expected `int`", id="true"),
-        pytest.param('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0]}}', "of length 2", id="one offset"),
-        pytest.param('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8,8]}}', "of length 2", id="three offsets"),
+        pytest.param('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0]}}', "length 2", id="one offset"),
+        pytest.param('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8,8]}}', "length 2", id="three offsets"),
         pytest.param('{"a":{"dtype":"F32","shape":[2],"data_offsets":[-0,8]}}', "-0", id="minus zero"),
         pytest.param('{"a":{"dtype":"F32","shape":[ -0],"data_offsets":[0,0]}}', "-0", id="minus zero in a shape"),
         pytest.param(
