@@ -555,10 +555,9 @@ def test_hook_of_a_module_sees_the_names_of_the_whole_model(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
-@pytest.mark.parametrize("kind", [nn.Linear, nn.BatchNorm1d], ids=["plain", "loads itself"])
-def test_gradient_hook_on_meta_is_refused_by_name(tmp_path: Path, kind: type[nn.Module], register: str) -> None:
-    arguments = (2, 2) if kind is nn.Linear else (2,)
-    model = kind(*arguments, device="meta")
+@pytest.mark.parametrize("kind", ["plain", "loads itself"])
+def test_gradient_hook_on_meta_is_refused_by_name(tmp_path: Path, kind: str, register: str) -> None:
+    model = nn.Linear(2, 2, device="meta") if kind == "plain" else nn.BatchNorm1d(2, device="meta")
     save_file(tensors_of(model), tmp_path / "m.safetensors")
     getattr(model.get_parameter("weight"), register)(lambda grad: grad)
     with pytest.raises(ws.PlacementError, match=r"weight.*gradient hook"):
