@@ -107,6 +107,7 @@ class Loader:
         assert self._supervisor is not None
         assert engine is not None
         ended: Future[None] = Future()
+        ended.set_running_or_notify_cancel()  # a closing task that is cancelled must not cancel it: loads still run
         self._supervisor.add_done_callback(lambda _: ended.set_result(None))
         self._closing.set()
         try:

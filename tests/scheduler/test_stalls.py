@@ -25,6 +25,7 @@ from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
 from weightstream.prefetch.eviction import Eviction
 from weightstream.prefetch.filesystem import FileSystem
 from weightstream.scheduler import job, survey
+from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.stragglers import Stragglers
 
 MakeRig = Callable[..., Rig]
@@ -357,6 +358,39 @@ class TestClosing:
                 await task
             assert rig.clock.now() <= now + 0.5
             gate.open()
+
+    async def test_waits_for_the_loads_however_often_it_is_cancelled(
+        self, stuck: tuple[Rig, Gate], path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rig, gate = stuck
+        complaints: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        with leaves_nothing():
+            loader = rig.loader(workers=2)
+            await loader.__aenter__()
+            handle = await loader.start(on_meta(), path)
+            gate.wait_reached()
+            was_done: list[bool] = []
+            close = Engine.close
+
+            def note(self: Engine, *, ended_by: type[BaseException] | None = None) -> None:
+                was_done.append(handle._job.finished.done())
+                close(self, ended_by=ended_by)
+
+            monkeypatch.setattr(Engine, "close", note)
+            with rig.clock.participate():  # it stands still, so the load does not give up its read
+                task = asyncio.create_task(loader.__aexit__(None, None, None))
+                for _ in range(10):
+                    await asyncio.sleep(0)
+                    task.cancel()
+                for _ in range(100):
+                    await asyncio.sleep(0)
+                assert not was_done
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert was_done == [True]
+            gate.open()
+        assert complaints == []
 
 
 # Before and after the reads
