@@ -222,10 +222,13 @@ def _columns(width: int) -> list[ProgressColumn]:
     if width < 64:
         return [name, BarColumn(bar_width=max(4, width - 20)), rate]
     amount, left = _MeterColumn("amount", 16), _MeterColumn("left", 9)
-    if width < 90:
-        return [name, BarColumn(bar_width=max(8, width - 50)), amount, rate, left]
-    current = TextColumn("[dim]{task.fields[current]}", table_column=Column(no_wrap=True, ratio=1, overflow="ellipsis"))
-    return [name, BarColumn(bar_width=24), amount, rate, left, current]
+    current = TextColumn(  # a name of the model's, which is no markup
+        "{task.fields[current]}",
+        style="dim",
+        markup=False,
+        table_column=Column(no_wrap=True, ratio=1, overflow="ellipsis"),
+    )
+    return [name, BarColumn(bar_width=8 if width < 90 else 24), amount, rate, left, current]
 
 
 def make_display(shutdown: Shutdown, *, quiet: bool) -> Display:

@@ -121,8 +121,16 @@ def test_bars_tell_rate_time_left_and_module_in_one_line_each(width: int, time_:
     assert device.startswith("cuda:0 ")
     assert "400 MB/s" in disk
     assert ("4 s left" in device) == (width >= 64)
-    assert ("model.layers.17.mlp" in device) == (width >= 90)
+    assert ("model.layers.17.mlp" in device) == (width >= 80)
     assert max(len(disk), len(device)) <= width
+
+
+@pytest.mark.parametrize("name", ["[/x]", "[bold]", "a[0]"])
+def test_name_of_a_module_is_no_markup(name: str) -> None:
+    console = Output(file=io.StringIO(), width=120, force_terminal=True, color_system=None, record=True)
+    with display._Live(console, Shutdown()).meters(["cpu"]) as update:
+        update(10, 5, current=name)
+    assert name in console.export_text()
 
 
 def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:

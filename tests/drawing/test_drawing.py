@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,11 @@ def test_heading_says_what_and_why() -> None:
         "waited for: disk 90%, copy 10%, preflight 0%",
     )
     assert set(throughput(timeline_of(10))) == {"disk", "bus"}
+
+
+def test_heading_of_mapped_files_claims_no_rate() -> None:
+    mapped = dataclasses.replace(timeline_of(10), num_bytes=0)
+    assert heading(mapped)[0].endswith("s, nothing read by the load itself")
 
 
 def test_files_that_cannot_be_saved_are_refused_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,8 +146,11 @@ def heading(timeline: Timeline) -> tuple[str, str]:
         spent[phase.name] = spent.get(phase.name, 0.0) + phase.end_s - phase.begin_s
     wall_s = timeline.wall_s or 1.0
     shares = [f"{phase} {seconds / wall_s:.0%}" for phase, seconds in sorted(spent.items(), key=lambda item: -item[1])]
+    waited = f"waited for: {', '.join(shares)}"
+    if not timeline.num_bytes:  # the kernel reads mapped files, when it is asked for their bytes
+        return f"{title}: files mapped in {timeline.wall_s:.2f} s, nothing read by the load itself", waited
     what = f"{title}: {format_bytes(timeline.num_bytes)} onto {timeline.device}"
-    return f"{what} in {timeline.wall_s:.2f} s, {format_rate(rate)}", f"waited for: {', '.join(shares)}"
+    return f"{what} in {timeline.wall_s:.2f} s, {format_rate(rate)}", waited
 
 
 def labels_of(timeline: Timeline) -> dict[str, str]:
