@@ -25,7 +25,7 @@ from weightstream import commands
 from weightstream.config import LoaderConfig
 
 #: `text` is output or a drawing. Everything else is tried, or says why it is not.
-LANGUAGES = {"console", "python", "text", "yaml"}
+LANGUAGES = {"console", "plaintext", "python", "text", "yaml"}
 #: Commands that take long, or do not end, are only parsed.
 LONG = {"demo", "bench", "--hold"}
 
