@@ -69,21 +69,22 @@ def torch_shape(name: str, shape: tuple[int, ...], *, tensor: str | None = None)
 
 
 def destination_dtype(
-    stored: torch.dtype, declared: torch.dtype, config: DeviceConfig, *, on_meta: bool, tensor: str
+    stored: torch.dtype, tensor: torch.Tensor, config: DeviceConfig, *, tensor_name: str
 ) -> torch.dtype:
     """Decide which dtype a tensor has in the model once it is loaded.
 
     Args:
         stored: the checkpoint's dtype.
-        declared: the model's.
+        tensor: the model's.
         config: `dtype` is used; it concerns tensors on meta alone.
-        on_meta: whether the model's tensor has no storage yet.
-        tensor: its name, for the message.
+        tensor_name: its name, for the message.
 
     Raises:
-        DtypeMismatchError: the two differ and no cast between them is allowed.
+        DtypeMismatchError: the two differ and no cast between them is allowed, or the tensor requires gradients, which
+            torch keeps for floating-point and complex numbers alone.
     """
-    wanted = declared
+    wanted = declared = tensor.dtype
+    on_meta = tensor.is_meta
     if on_meta and config.dtype == "checkpoint":
         wanted = stored
     elif on_meta and config.dtype != "model" and declared in CASTABLE:
@@ -91,9 +92,17 @@ def destination_dtype(
     if wanted != stored and not (wanted in CASTABLE and stored in CASTABLE):
         raise DtypeMismatchError(
             "the dtypes differ and no cast is allowed between them",
-            tensor=tensor,
+            tensor=tensor_name,
             expected=f"{wanted} (model)",
             actual=f"{stored} (checkpoint)",
             hint="device.dtype: checkpoint takes the checkpoint's dtype, for parameters on meta",
+        )
+    if tensor.requires_grad and not (wanted.is_floating_point or wanted.is_complex):
+        raise DtypeMismatchError(
+            "torch keeps no gradients for such a dtype, and the parameter requires them",
+            tensor=tensor_name,
+            expected=f"{declared} (model)",
+            actual=f"{wanted} (checkpoint)",
+            hint="Call requires_grad_(False) on it before loading",
         )
     return wanted

@@ -283,7 +283,7 @@ def _place(  # noqa: PLR0913 (called for each tensor: objects that hold some of 
         _check_shape(tensor, shape, name)
     wanted = declared
     if dtype is not declared or (on_meta and not as_declared):
-        wanted = destination_dtype(dtype, declared, config, on_meta=on_meta, tensor=name)
+        wanted = destination_dtype(dtype, tensor, config, tensor_name=name)
     mode: Mode = "adopt"
     if target is not None and target.filled_by >= 0:
         mode = "stage"
@@ -329,8 +329,7 @@ def _subtree_place(
         if subtree.keeps_shapes:
             _check_shape(target.tensor, shape, name)
         if subtree.keeps_shapes or (target.tensor.dtype in CASTABLE and dtype in CASTABLE):
-            on_meta = target.tensor.device.type == "meta"
-            wanted = destination_dtype(dtype, target.tensor.dtype, config, on_meta=on_meta, tensor=name)
+            wanted = destination_dtype(dtype, target.tensor, config, tensor_name=name)
     position = subtree.targets[0].position if subtree.targets else 0
     tensor = None if target is None else target.tensor
     return Place(name, spec.num_bytes, dtype, wanted, shape, "stage", position, tensor, spec.stride, device, target)

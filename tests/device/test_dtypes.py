@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import weightstream as ws
@@ -241,3 +242,22 @@ async def test_dtype_that_torch_lacks_is_named(rig: Rig, tmp_path: Path, monkeyp
         with pytest.raises(UnsupportedFormatError, match="no such dtype") as caught:
             await loader.load(model, path)
     assert (caught.value.tensor, caught.value.actual) == ("t", "C64")
+
+
+@pytest.mark.parametrize("strategy", ["stream", "preload", "direct", "map"])
+def test_parameter_that_requires_gradients_takes_no_integers_and_nothing_is_written(
+    tmp_path: Path, strategy: str
+) -> None:
+    model = nn.Module()
+    model.a = nn.Parameter(torch.zeros(2))
+    model.b = nn.Parameter(torch.empty(3, device="meta"))
+    save_file({"a": torch.ones(2), "b": torch.arange(3)}, tmp_path / "m.safetensors")
+    config = ws.LoaderConfig.model_validate(
+        {"strategy": strategy, "device": {"target": "cpu", "dtype": "checkpoint"}, "prefetch": {"host_memory": "64MiB"}}
+    )
+    with pytest.raises(ws.DtypeMismatchError, match=r"b in .*no gradients.*found torch\.int64"):
+        ws.load_sync(model, tmp_path / "m.safetensors", config=config)
+    assert model.a.tolist() == [0, 0]
+    model.b.requires_grad_(False)
+    ws.load_sync(model, tmp_path / "m.safetensors", config=config)
+    assert (model.a.tolist(), model.b.tolist()) == ([1, 1], [0, 1, 2])
