@@ -27,7 +27,7 @@ __all__ = ["Destination", "DeviceStage"]
 
 _below_autograd = cast(
     "Callable[[], AbstractContextManager[None]]",
-    torch._C._AutoDispatchBelowADInplaceOrView,  # pyright: ignore[reportUnknownMemberType]  # as `torch.library` uses it
+    torch._C._AutoDispatchBelowADInplaceOrView,  # pyright: ignore[reportUnknownMemberType]  # as torch's custom operators do
 )
 
 

@@ -21,7 +21,7 @@ _INTRODUCTION = """\
 <!-- Written by docs/outputs.py from the classes: python docs/outputs.py > docs/json.md -->
 
 `warm`, `inspect`, `verify` and `bench` take `--json`: they print one JSON object on standard output, and nothing else;
-progress and errors go to standard error, and `--quiet` leaves the progress out. If a command fails, it prints no object,
+progress and errors go to standard error, and `--quiet` leaves the progress out (`inspect` has none). If a command fails, it prints no object,
 and its exit code says so: 1 if the load failed, 2 for usage or configuration. (`verify` prints what it found also where
 its exit code is 1.)
 
