@@ -109,9 +109,9 @@ OPAQUE = _Opaque()
 
 
 def read_pickle(
-    raw: bytes, start: int = 0, *, file: str, most_opcodes: int = MAX_OPCODES
+    raw: bytes, start: int = 0, *, file: str, is_old: bool = False, most_opcodes: int = MAX_OPCODES
 ) -> tuple[object, int, dict[str, Storage]]:
-    """Read one pickle.
+    """Read one pickle; `is_old`: of the older layout, which describes storages with one field more.
 
     Returns:
         What it stands for: None, bool, int, float, str, tuple, list, dict with keys that are strings or numbers,
@@ -122,7 +122,7 @@ def read_pickle(
         HeaderError: not a pickle as torch writes them, or one above the limits.
         UnsupportedFormatError: a pickle of something else than tensors, numbers, strings and what holds them.
     """
-    tensors = _Tensors(file)
+    tensors = _Tensors(file, is_old=is_old)
     try:
         value, end = unpickle(raw, start, tensors, most_opcodes=most_opcodes)
     except MalformedError as exc:
@@ -133,13 +133,18 @@ def read_pickle(
 class _Tensors:
     """The meaning of a pickle of tensors.
 
+    Args:
+        file: its file, for messages.
+        is_old: whether that has the older layout, in which a storage may be part of another. None that can be read is.
+
     Attributes:
         storages: those that it mentions, by their keys.
     """
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, *, is_old: bool) -> None:
         self.storages: dict[str, Storage] = {}
         self._file = file
+        self._behind = (None,) if is_old else ()
         self._checked: dict[int, tuple[int, ...]] = {}
         self._num_inside = 0
 
@@ -156,11 +161,9 @@ class _Tensors:
     def reference(self, description: object) -> Storage:
         """Take the description of a storage: ("storage", class, key, device, elements), in old files with None behind."""
         parts = cast("tuple[object, ...]", description) if isinstance(description, tuple) else ()
-        if len(parts) == 6 and parts[5] is None:
-            parts = parts[:5]
-        if len(parts) != 5 or parts[0] != "storage":
+        if len(parts) != 5 + len(self._behind) or parts[0] != "storage" or parts[5:] != self._behind:
             raise MalformedError("a reference to something else than a storage")
-        _, kind, key, _, num_elements = parts
+        kind, key, num_elements = parts[1], parts[2], parts[4]
         if not isinstance(kind, _StorageClass) or not isinstance(key, str):
             raise MalformedError("a storage without a class or a key")
         storage = Storage(key, kind.dtype, _whole(num_elements))

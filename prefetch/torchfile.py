@@ -153,9 +153,9 @@ def _read_old_pickles(fd: int, file_bytes: int, file: str) -> tuple[object, obje
     while True:  # nothing says how long the pickles are
         raw = read_exactly(fd, min(length, file_bytes), 0, file)
         try:
-            system, position, _ = read_pickle(raw, len(_OLD), file=file, most_opcodes=_MOST_ABOUT_SYSTEM)
-            value, position, storages = read_pickle(raw, position, file=file)
-            keys, position, _ = read_pickle(raw, position, file=file, most_opcodes=_MOST_OF_KEYS)
+            system, position, _ = read_pickle(raw, len(_OLD), file=file, is_old=True, most_opcodes=_MOST_ABOUT_SYSTEM)
+            value, position, storages = read_pickle(raw, position, file=file, is_old=True)
+            keys, position, _ = read_pickle(raw, position, file=file, is_old=True, most_opcodes=_MOST_OF_KEYS)
         except EndOfDataError as exc:
             if length >= min(file_bytes, MAX_PICKLE_BYTES):
                 raise HeaderError(

@@ -201,10 +201,16 @@ def with_pickle(path: Path, pickled: bytes) -> Path:
 
 
 def tensor_pickle(
-    *, numel: int = 4, offset: int = 0, shape: bytes = b"K\x04\x85", stride: bytes = b"K\x01\x85"
+    *,
+    numel: int = 4,
+    offset: int = 0,
+    shape: bytes = b"K\x04\x85",
+    stride: bytes = b"K\x01\x85",
+    behind: bytes = b"",
 ) -> bytes:
     """A dict with one tensor of float32, as torch writes it."""
-    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuJ" + struct.pack("<i", numel) + b"tQ"
+    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuJ" + struct.pack("<i", numel)
+    storage += behind + b"tQ"
     return (
         b"\x80\2}X\1\0\0\0actorch._utils\n_rebuild_tensor_v2\n(" + storage + b"J" + struct.pack("<i", offset)
         + shape + stride + b"\x89NtRs."
@@ -245,6 +251,7 @@ TWICE = b"\x80\2)" + b"q\0h\0\x86" * 60
             tensor_pickle(numel=5), "not as long as the pickle says: expected 20 bytes, found 16", id="longer"
         ),
         pytest.param(tensor_pickle(numel=-1), "whole number", id="negative length"),
+        pytest.param(tensor_pickle(behind=b"N"), "something else than a storage", id="storage of the older layout"),
         pytest.param(tensor_pickle(offset=1), "not inside its storage: expected 4 elements, found 5", id="offset"),
         pytest.param(tensor_pickle(offset=-1), "whole number", id="negative offset"),
         pytest.param(tensor_pickle(shape=b"K\x05\x85"), "not inside its storage", id="too large"),
@@ -276,8 +283,8 @@ def test_too_many_instructions_are_refused() -> None:
 @pytest.mark.parametrize("which", ["about the system", "of the keys"])
 def test_small_pickles_of_an_old_file_have_limits_of_their_own(tmp_path: Path, which: str) -> None:
     whole = save(tmp_path / "a.bin", {"a": BASE}, zipped=False).read_bytes()
-    _, value, _ = read_pickle(whole, len(OLD), file="a.bin")
-    _, keys, _ = read_pickle(whole, value, file="a.bin")
+    _, value, _ = read_pickle(whole, len(OLD), file="a.bin", is_old=True)
+    _, keys, _ = read_pickle(whole, value, file="a.bin", is_old=True)
     begin, most = (len(OLD), 1000) if which == "about the system" else (keys, 2**18)
     (tmp_path / "a.bin").write_bytes(whole[:begin] + b"\x80\2" + b"N" * 2**19 + b".")
     with pytest.raises(HeaderError, match=f"more than {most} instructions"):
