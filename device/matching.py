@@ -280,7 +280,7 @@ def _place(  # noqa: PLR0913 (called for each tensor: objects that hold some of 
     if type(tensor) not in _PLAIN:
         _check_kind(tensor, name)
     if tensor.shape != shape:
-        _check_shape(tensor, shape, name)
+        shape = _shape_in_model(tensor, shape, name)
     wanted = declared
     if dtype is not declared or (on_meta and not as_declared):
         wanted = destination_dtype(dtype, tensor, config, tensor_name=name)
@@ -327,7 +327,7 @@ def _subtree_place(
         if is_lazy(target.tensor):  # its hook would give it a shape, which nothing could take away again
             _check_kind(target.tensor, name)
         if subtree.keeps_shapes:
-            _check_shape(target.tensor, shape, name)
+            shape = _shape_in_model(target.tensor, shape, name)
         if subtree.keeps_shapes or (target.tensor.dtype in CASTABLE and dtype in CASTABLE):
             wanted = destination_dtype(dtype, target.tensor, config, tensor_name=name)
     position = subtree.targets[0].position if subtree.targets else 0
@@ -357,14 +357,16 @@ def _check_kind(tensor: torch.Tensor, name: str) -> None:
         )
 
 
-def _check_shape(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> None:
-    if tensor.shape != shape:
-        raise ShapeMismatchError(
-            "the shapes differ",
-            tensor=name,
-            expected=f"{tuple(tensor.shape)} (model)",
-            actual=f"{shape} (checkpoint)",
-        )
+def _shape_in_model(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> tuple[int, ...]:
+    """Return the shape that a stored tensor gets, which is its own but for scalars: torch 0.3 stored them as vectors."""
+    if tensor.shape == shape or (tensor.ndim == 0 and shape == (1,)):
+        return tuple(tensor.shape)
+    raise ShapeMismatchError(
+        "the shapes differ",
+        tensor=name,
+        expected=f"{tuple(tensor.shape)} (model)",
+        actual=f"{shape} (checkpoint)",
+    )
 
 
 def _stored_dtype(spec: Stored, name: str) -> torch.dtype:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -150,7 +150,8 @@ def _find_in_folder(folder: Path, names: list[str], variant: str | None) -> Foun
     indexes = [one for one in chosen if one.is_index]
     files = [one for one in chosen if not one.is_index and not one.is_shard]
     if len(indexes) > 1 or (not indexes and len(files) > 1):
-        refuse_rivals(folder, [one.name for one in indexes or files])
+        rivals = indexes or files
+        refuse_rivals(folder, [one.name for one in rivals], are_variants=len({one.variant for one in rivals}) > 1)
     if not indexes and not files:
         raise CheckpointError(
             "there are shards, and no index that says what is in them",
@@ -164,8 +165,13 @@ def _find_in_folder(folder: Path, names: list[str], variant: str | None) -> Foun
     return Found(folder / indexes[0].name, named=False, rivals=tuple(one.name for one in files), notes=notes)
 
 
-def refuse_rivals(folder: Path, names: Iterable[str]) -> None:
+def refuse_rivals(folder: Path, names: Sequence[str], *, are_variants: bool = False) -> None:
     """Refuse to choose between checkpoints.
+
+    Args:
+        folder: where they are.
+        names: of their indexes, or files.
+        are_variants: whether `prefetch.variant` would choose one of them.
 
     Raises:
         CheckpointError: always.
@@ -174,7 +180,8 @@ def refuse_rivals(folder: Path, names: Iterable[str]) -> None:
         "the folder holds several checkpoints",
         file=folder,
         actual=some(names),
-        hint="Name one by its path, or set prefetch.variant",
+        hint=f"Give the path of the one that is meant instead of the folder's, such as {folder / names[0]}"
+        + (", or set prefetch.variant" if are_variants else ""),
     )
 
 

@@ -17,9 +17,9 @@ import msgspec
 
 from weightstream.errors import HeaderError, UnsupportedFormatError
 from weightstream.prefetch.header import MAX_RANK
-from weightstream.prefetch.unpickling import MalformedError, unpickle
+from weightstream.prefetch.unpickling import MalformedError, NewerProtocolError, unpickle
 
-__all__ = ["MAX_OPCODES", "MAX_PICKLE_BYTES", "OPAQUE", "PickledTensor", "Storage", "read_pickle"]
+__all__ = ["MAX_OPCODES", "MAX_PICKLE_BYTES", "OPAQUE", "PickledTensor", "Storage", "newer_protocol", "read_pickle"]
 
 #: Limits of our own. A tensor takes 30 to 34 instructions and some 100 bytes, so that a file has room for 60,000; and so
 #: many instructions, each of which makes one object at most, are read within a second.
@@ -127,7 +127,20 @@ def read_pickle(
         value, end = unpickle(raw, start, tensors, most_opcodes=most_opcodes)
     except MalformedError as exc:
         raise HeaderError("the pickle is not valid", file=file, actual=str(exc)) from exc
+    except NewerProtocolError as exc:
+        raise newer_protocol(file, cast("int", exc.args[0])) from exc
     return value, end, tensors.storages
+
+
+def newer_protocol(file: str, number: int) -> UnsupportedFormatError:
+    """Return the error about a pickle whose protocol is too new."""
+    return UnsupportedFormatError(
+        "the pickle's protocol is too new, also for torch.load(weights_only=True)",
+        file=file,
+        expected="protocol 2 or 3",
+        actual=f"protocol {number}",
+        hint="Save it again without pickle_protocol",
+    )
 
 
 class _Tensors:

@@ -13,13 +13,24 @@ from typing import NoReturn, cast
 from weightstream.errors import HeaderError, UnsupportedFormatError, some
 from weightstream.prefetch.archive import Archive
 from weightstream.prefetch.header import DTYPE_BITS, TensorSpec, read_exactly
-from weightstream.prefetch.pickles import MAX_OPCODES, MAX_PICKLE_BYTES, PickledTensor, Storage, read_pickle
+from weightstream.prefetch.pickles import (
+    MAX_OPCODES,
+    MAX_PICKLE_BYTES,
+    PickledTensor,
+    Storage,
+    newer_protocol,
+    read_pickle,
+)
 from weightstream.prefetch.unpickling import EndOfDataError
 
 __all__ = ["read_torch_file"]
 
 #: The old layout begins with these: a pickle of 0x1950a86a20f9469cfc6c, and one of the version, 1001.
 _OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
+_OLD_STARTS = (_OLD, _OLD.replace(b"\x80\x02", b"\x80\x03"))  # by their protocol
+
+#: With protocols 4 and 5 the number stands in a frame.
+_MAGIC_IN_FRAME = slice(11, 15)
 
 #: Where trainers put the state dict, tried in this order.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")
@@ -61,8 +72,10 @@ def read_torch_file(fd: int, file_bytes: int, *, file: str, shard: int) -> tuple
     start = read_exactly(fd, min(file_bytes, len(_OLD)), 0, file)
     if start.startswith(b"PK"):
         value, begins = _read_archive(fd, file_bytes, file)
-    elif start == _OLD:
+    elif start in _OLD_STARTS:
         value, begins = _read_old(fd, file_bytes, file)
+    elif start[_MAGIC_IN_FRAME] == _OLD[2:6]:
+        raise newer_protocol(file, start[1])
     else:
         raise UnsupportedFormatError(
             "not a file of torch.save", file=file, expected="a zip archive, or torch's older layout", actual=start[:4]

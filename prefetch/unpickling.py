@@ -1,4 +1,4 @@
-"""A machine for pickles of protocol 2, which is what torch writes: it makes plain values, and calls nothing.
+"""A machine for pickles of protocols 2 and 3, which torch reads: it makes plain values, and calls nothing.
 
 Strings, numbers, tuples, lists and dicts are its own; whatever a pickle asks for by name is up to its `Meaning`. Not
 Python's own unpickler, nor torch's, because their time and memory have no bound: they hash whatever a file has as a key,
@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable
 from typing import Protocol, cast
 
-__all__ = ["EndOfDataError", "MalformedError", "Meaning", "unpickle"]
+__all__ = ["EndOfDataError", "MalformedError", "Meaning", "NewerProtocolError", "unpickle"]
 
 #: A name, in the two lines of an instruction that has one.
 _MOST_LINE_BYTES = 1000
@@ -25,6 +25,10 @@ class EndOfDataError(Exception):
 
 class MalformedError(Exception):
     """What a pickle does makes no sense."""
+
+
+class NewerProtocolError(Exception):
+    """A pickle of a protocol that has other instructions. Its argument is the number."""
 
 
 class Meaning(Protocol):
@@ -54,7 +58,8 @@ def unpickle(raw: bytes, start: int, meaning: Meaning, *, most_opcodes: int) -> 
 
     Raises:
         EndOfDataError: `raw` ends before the pickle does.
-        MalformedError: not a pickle of protocol 2 and of the instructions that torch uses, or more than so many of them.
+        MalformedError: not a pickle of the instructions that torch uses, or more than so many of them.
+        NewerProtocolError: a pickle of protocol 4 or later, which torch's own reader of weights does not take either.
         Exception: what `meaning` raises.
     """
     machine = _Machine(raw, start, meaning)
@@ -143,8 +148,10 @@ class _Machine:
     # Instructions, by their names in pickletools
 
     def proto(self) -> None:
-        if self._number(1) != 2:
-            raise MalformedError("another protocol than 2")
+        """Take 2, and 3, which adds only instructions that no tensor needs."""
+        number = self._number(1)
+        if number not in (2, 3):
+            raise NewerProtocolError(number) if number in (4, 5) else MalformedError(f"protocol {number}")
 
     def put(self, count: int) -> None:
         self._memo[self._number(count)] = self._stack[-1]

@@ -84,7 +84,8 @@ def in_own_thread(
         spawn: starts the thread, if it waits on a clock of its own.
 
     Returns:
-        Its result, and the thread, which ends right after that is there.
+        Its result, and the thread, which ends right after that is there. Where no thread can be had, it has been called
+        here: late is better than never.
     """
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
@@ -95,7 +96,21 @@ def in_own_thread(
         except BaseException as error:  # noqa: BLE001 (it belongs to who waits for the future)
             future.set_exception(error)
 
-    return future, (spawn or SystemClock().spawn)(run, "weightstream-call")
+    try:
+        return future, (spawn or SystemClock().spawn)(run, "weightstream-call")
+    except RuntimeError:  # the operating system has none left
+        run()
+        return future, _Ended()
+
+
+class _Ended:
+    """Stands for a thread that has ended."""
+
+    def join(self, timeout: float | None = None) -> None:
+        """Nothing to wait for."""
+
+    def is_alive(self) -> bool:
+        return False
 
 
 async def stop_and_settle(job: Job) -> None:

@@ -106,8 +106,17 @@ class Job:
         self._stop: BaseException | None = None
 
     def start(self) -> None:
-        """Start the job's thread. To be called by the thread that asks for the load, whose current device counts."""
-        self._engine.clock.spawn(on_callers_device(self._run), "weightstream-load")
+        """Start the job's thread. To be called by the thread that asks for the load, whose current device counts.
+
+        Raises:
+            RuntimeError: the operating system has no thread left. The job has ended then, for everybody who waits for it.
+        """
+        try:
+            self._engine.clock.spawn(on_callers_device(self._run), "weightstream-load")
+        except BaseException as error:
+            assert self._sink is not None
+            self._end(self._sink, None, error)
+            raise
 
     def stop(self, error: BaseException | None = None) -> None:
         """Ask the load to end, from any thread, without waiting. A load that has ended takes no notice."""
@@ -155,6 +164,9 @@ class Job:
             # Its frames refer to the model, and whoever keeps the error keeps them. Not later than here: once others
             # can raise it, it collects frames of theirs, and to clear a coroutine's is to end it.
             traceback.clear_frames(error.__traceback__)
+        self._end(sink, report, error)
+
+    def _end(self, sink: Sink, report: LoadReport | None, error: BaseException | None) -> None:
         try:
             self._tell(sink, report, error)
         finally:  # also if a handler of the program's log raises: somebody waits for these

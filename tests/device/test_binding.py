@@ -462,6 +462,66 @@ async def test_odd_shapes(rig: Rig, tmp_path: Path, where: str, shape: tuple[int
     assert_loaded(model, tensors)
 
 
+async def test_scalar_may_be_stored_as_a_vector_of_one_as_in_load_state_dict(
+    rig: Rig, tmp_path: Path, where: str
+) -> None:
+    def make(where: str) -> nn.Module:
+        model = nn.Sequential(nn.BatchNorm1d(3, device=where))
+        model.scale = nn.Parameter(torch.zeros((), device=where))
+        model.low = nn.Parameter(torch.zeros((), device=where))
+        model.register_buffer("count", torch.zeros((), dtype=torch.int64, device=where))
+        return model
+
+    model, reference = make(where), make("cpu")
+    tensors = tensors_of(reference) | {"low": torch.tensor([0.3], dtype=torch.bfloat16)}
+    tensors |= {name: tensors[name].reshape(1) for name in ("scale", "count", "0.num_batches_tracked")}
+    reference.load_state_dict(tensors)
+    await load(rig, tmp_path, model, tensors)
+    assert_loaded(model, reference.state_dict())
+
+
+@pytest.mark.parametrize("shape", [(0,), (2,), (1, 1)], ids=str)
+async def test_no_other_shape_may_stand_for_a_scalar(
+    rig: Rig, tmp_path: Path, where: str, shape: tuple[int, ...]
+) -> None:
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.zeros((), device=where))
+    tensors = {"scale": torch.zeros(shape)}
+    with pytest.raises(ShapeMismatchError):
+        await load(rig, tmp_path, model, tensors)
+    reference = nn.Module()
+    reference.scale = nn.Parameter(torch.zeros(()))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        reference.load_state_dict(tensors)
+
+
+async def test_gradient_on_meta_goes_as_with_assign_and_comes_back_with_a_rollback(rig: Rig, tmp_path: Path) -> None:
+    """A gradient without storage has no values that anybody could miss."""
+
+    def make() -> nn.Linear:
+        model = nn.Linear(3, 3, device="meta")
+        model.weight.grad = torch.ones(3, 3, device="meta")
+        return model
+
+    model, reference = make(), make()
+    tensors = random_tensors({"weight": (3, 3), "bias": (3,)})
+    rig.disk.fail_at(rig.disk.num_begun, ReadError("broken"))
+    with pytest.raises(ReadError):
+        await load(rig, tmp_path, model, tensors)
+    assert model.weight.grad is not None
+    await load(rig, tmp_path, model, tensors)
+    reference.load_state_dict(tensors, assign=True)
+    assert model.weight.grad is None is reference.weight.grad
+
+
+async def test_gradient_with_storage_is_kept_as_by_load_state_dict(rig: Rig, tmp_path: Path) -> None:
+    model = nn.Linear(3, 3)
+    model.weight.grad = held = torch.ones(3, 3)
+    await load(rig, tmp_path, model, random_tensors({"weight": (3, 3), "bias": (3,)}))
+    assert model.weight.grad is held
+    assert_same(held, torch.ones(3, 3))
+
+
 async def test_checkpoint_of_empty_tensors_alone(rig: Rig, tmp_path: Path, where: str) -> None:
     model = nn.Module()
     model.nothing = nn.Parameter(torch.zeros(0, 3, device=where))

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -188,7 +189,9 @@ def check_header(file: bytes) -> frozenset[str]:
 
 def _torch_tensors(file: bytes, names: set[str]) -> dict[str, torch.Tensor]:
     """The tensors that torch finds, in the dict or in one inside it that has just these names."""
-    value = torch.load(io.BytesIO(file), weights_only=True, map_location="cpu")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol 3")
+        value = torch.load(io.BytesIO(file), weights_only=True, map_location="cpu")
     for found in (value, *value.values()):
         if isinstance(found, dict):
             tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}

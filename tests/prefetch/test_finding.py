@@ -101,16 +101,24 @@ def test_variant_that_is_not_there_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_folder_with_several_candidates_is_refused_and_lists_them(tmp_path: Path, names: list[str]) -> None:
-    with pytest.raises(CheckpointError, match="several checkpoints: found {}, {}. Name one by its path".format(*names)):
+    with pytest.raises(
+        CheckpointError, match="several checkpoints: found {}, {}. Give the path".format(*names)
+    ) as caught:
         find_checkpoint(touch(tmp_path, names))
+    assert caught.value.hint is not None
+    assert str(tmp_path / names[0]) in caught.value.hint
+    assert ("prefetch.variant" in caught.value.hint) == (names[0] == "model.bf16.safetensors")  # where it would help
 
 
 @pytest.mark.parametrize("name", ["consolidated.safetensors", SINGLE], ids=["consolidated", "single"])
 def test_file_beside_an_index_that_does_not_list_it_is_a_rival(tmp_path: Path, name: str) -> None:
     write_checkpoint(tmp_path, TENSORS, num_shards=2)
     write_shard(tmp_path / name, TENSORS)
-    with pytest.raises(CheckpointError, match=f"several checkpoints: found {INDEX}, {name}"):
+    with pytest.raises(CheckpointError, match=f"several checkpoints: found {INDEX}, {name}") as caught:
         open_checkpoint(tmp_path)
+    assert caught.value.hint == (
+        f"Give the path of the one that is meant instead of the folder's, such as {tmp_path / INDEX}"
+    )
     for choice in (name, INDEX):
         with open_checkpoint(tmp_path / choice) as checkpoint:
             assert (checkpoint.path, set(checkpoint.tensors)) == (tmp_path / choice, set(TENSORS))

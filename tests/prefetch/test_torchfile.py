@@ -88,6 +88,31 @@ def test_bytes_are_those_that_torch_loads(tmp_path: Path, make: Callable[[], dic
         assert_same(found[name], tensor)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 3")  # torch's
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+def test_protocol_3_is_read_as_torch_reads_it(tmp_path: Path, *, zipped: bool) -> None:
+    value = {**ordered(), "p": torch.nn.Parameter(BASE.clone()), "t": BASE.t(), "n": -3, "big": 2**80}
+    path = tmp_path / "a.bin"
+    torch.save(value, path, pickle_protocol=3, _use_new_zipfile_serialization=zipped)
+    expected = torch.load(path, weights_only=True)
+    found = tensors_in(path)
+    assert set(found) == set(expected) - {"n", "big"}
+    for name, tensor in found.items():
+        assert_same(tensor, expected[name])
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch's
+@pytest.mark.parametrize("protocol", [4, 5])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+def test_newer_protocol_is_refused_as_by_torch(tmp_path: Path, protocol: int, *, zipped: bool) -> None:
+    path = tmp_path / "a.bin"
+    torch.save({"a": BASE}, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+    with leaves_nothing(), pytest.raises(UnsupportedFormatError, match=f"found protocol {protocol}. Save it again"):
+        open_checkpoint(path)
+
+
 def test_tensors_are_in_the_order_of_their_bytes(tmp_path: Path) -> None:
     path = save(tmp_path / "a.bin", {"b": BASE[3:], "a": BASE[:2], "c": torch.ones(3)})
     assert list(tensors_in(path)) == ["a", "b", "c"]
@@ -233,7 +258,8 @@ TWICE = b"\x80\2)" + b"q\0h\0\x86" * 60
         pytest.param(b"", "the pickle has no end", id="empty"),
         pytest.param(tensor_pickle()[:-1], "the pickle has no end", id="no stop"),
         pytest.param(tensor_pickle() + b".", "followed by something else", id="more behind"),
-        pytest.param(b"\x80\4}.", "another protocol than 2", id="protocol 4"),
+        pytest.param(b"\x80\1}.", "protocol 1", id="protocol 1"),
+        pytest.param(b"\x80\3B\1\0\0\0a.", "which torch does not write", id="bytes of protocol 3"),
         pytest.param(b"\x80\2ios\nsystem\n.", "which torch does not write", id="INST"),
         pytest.param(b"\x80\2\x94.", "which torch does not write", id="later protocol"),
         pytest.param(b"\x80\2.", "not valid", id="nothing on the stack"),
@@ -344,6 +370,7 @@ def test_end_of_the_first_read_is_not_the_end_of_the_pickles(tmp_path: Path, mon
 # Damage
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 3")  # torch's
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
 def test_every_changed_byte_is_refused_or_makes_no_difference_to_torch(tmp_path: Path, *, zipped: bool) -> None:
     """What is accepted, torch accepts too, with the same tensors; nothing but our own errors comes out."""

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import weightstream as ws
-from tests.builders import write_sums
+from tests.builders import leaves_nothing, write_sums
 from tests.fakes.accelerator import FakeAccelerator
 from tests.fakes.clock import VirtualClock
 from tests.fakes.rig import Rig
@@ -94,7 +94,9 @@ class Exhausted(SystemClock):
         return super().spawn(target, name)
 
 
-@pytest.mark.parametrize("name", ["weightstream-copies", "weightstream-hash", "weightstream-files"])
+@pytest.mark.parametrize(
+    "name", ["weightstream-load", "weightstream-copies", "weightstream-hash", "weightstream-files"]
+)
 async def test_thread_that_cannot_be_had_ends_the_load_and_no_more(path: Path, name: str) -> None:
     write_sums(path.parent)
     clock = Exhausted()
@@ -112,6 +114,31 @@ async def test_thread_that_cannot_be_had_ends_the_load_and_no_more(path: Path, n
         clock.name = None
         await loader.load(model, path)
     assert not device.hazards
+
+
+@pytest.mark.parametrize("names", [("weightstream-load",), ("weightstream-load", "weightstream-call")], ids=len)
+@pytest.mark.parametrize("how", ["load_sync", "iter_tensors"])
+def test_blocking_function_raises_where_no_thread_can_be_had(
+    path: Path, how: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, exhausted = threading.Thread.start, [True]
+
+    def refuse(thread: threading.Thread) -> None:
+        if exhausted[0] and thread.name in names:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def run() -> list[object]:
+        if how == "load_sync":
+            return [ws.load_sync(model_of(path, device="meta"), path, config=config())]
+        return list(ws.iter_tensors(path, config()))
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with leaves_nothing():
+        with pytest.raises(RuntimeError, match="new thread"):
+            run()
+        exhausted[0] = False
+        assert run()
 
 
 async def test_ring_is_page_locked_without_a_thread_of_its_own_where_none_can_be_had(
