@@ -78,6 +78,11 @@ class DeviceStage:
         for to in self._destinations:
             to.backend.follow(to.stream)
 
+    @property
+    def copies(self) -> bool:
+        """Whether bytes go anywhere from their slots; else they are dropped there, and nothing is submitted."""
+        return any(to.backend.device.type != "meta" for to in self._destinations)
+
     def lands(self, transfer: Transfer) -> bool:
         """Say whether readers may write to a chunk's blocks themselves."""
         return self._destinations[transfer.device].backend.lands

@@ -87,7 +87,7 @@ class Course:
             self.placed.append(fill.chunk)
             return 0
         self.filled.append(Filled(fill.chunk, fill.slot, fill.shift))
-        return 1
+        return int(self.ledger.copies)
 
     def fail(self, error: BaseException | None) -> None:
         """Note an error, unless there is none, or was one before."""

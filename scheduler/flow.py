@@ -57,6 +57,7 @@ class Flow:
         verification: Verification[Fill] | None = None,
     ) -> None:
         course = self._course = Course(clock, ledger)
+        ledger.copies = stage.copies
         self.bytes_placed = 0
         self._hashing = None if verification is None else Hashing(course, verification)
         self.filling = Filling(course, plan, reading, stage, ring, admit=admit, hashing=self._hashing)
@@ -118,7 +119,8 @@ class Flow:
                 if course.recorder is not None:
                     course.recorder.take_up()
                 if course.filled:
-                    course.ledger.change(filled=-1, copying=1)
+                    if course.ledger.copies:
+                        course.ledger.change(filled=-1, copying=1)
                     return course.filled.popleft()
                 if course.placed:
                     placed, course.placed = course.placed, []
@@ -146,6 +148,12 @@ class Flow:
             course.ledger.change(copying=-1)
         self._ring.release(filled.slot)
 
+    def dropped(self, filled: Filled) -> None:
+        """Note that a filled chunk goes nowhere."""
+        with self._course.condition:
+            self._course.placed.append(filled.chunk)
+        self._ring.release(filled.slot)
+
     def not_submitted(self, filled: Filled) -> None:
         """Take a chunk back whose copies could not be submitted, and of which none is under way."""
         with self._course.condition:
@@ -155,7 +163,7 @@ class Flow:
     def bound(self, chunks: list[Chunk]) -> None:
         """Note that the tensors of chunks that `next` returned have been placed."""
         course = self._course
-        if course.recorder is not None:
+        if course.recorder is not None and course.ledger.copies:
             course.recorder.bound(chunks)
         with course.condition:
             self.bytes_placed += sum(chunk.num_bytes for chunk in chunks)

@@ -356,6 +356,9 @@ class Job:
 
 
 def _submit(filled: Filled, stage: DeviceStage, flow: Flow) -> None:
+    if not stage.copies:
+        flow.dropped(filled)
+        return
     filled.slot.segment.settled.wait()
     try:
         event = stage.submit(filled.chunk.transfer, filled.slot.view, filled.shift)

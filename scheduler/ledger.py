@@ -29,10 +29,14 @@ class Ledger:
     Args:
         now: the clock, in seconds.
         recorder: told of every moment too, if there is one.
+
+    Attributes:
+        copies: whether what is read is copied; else it is only let go again, as a part of reading.
     """
 
     def __init__(self, now: Callable[[], float], recorder: Recorder | None = None) -> None:
         self.recorder = recorder
+        self.copies = True
         self.reading = 0
         self.unhashed = 0
         self.hashing = 0
@@ -117,6 +121,6 @@ class Ledger:
             return "verify"
         if waiting or (self.copying and not self.reading):
             return "bind" if self.binding and not self.copying else "copy"
-        if self.reading:
+        if self.reading or not self.copies:
             return "disk"
         return "bind" if self.binding else "other"

@@ -42,9 +42,8 @@ def test_sentence_names_what_was_waited_for_and_what_to_change(
         (phases(copy=1.0), {"fallbacks": ("page-locking host memory was refused",), "pinned_bytes": 0}, "ulimit -l"),
         (phases(copy=1.0), {"fallbacks": ("page-locking host memory was refused",)}, "in it: page-locking host memory"),
         (phases(copy=1.0), {"device": "cpu"}, "`prefetch.io: buffered` reads it there"),
-        (phases(copy=1.0), {"device": "page-cache"}, "It drops what is read at once"),
     ],
-    ids=["reads", "not-locked", "copies", "cpu", "page-cache"],
+    ids=["reads", "not-locked", "copies", "cpu"],
 )
 def test_downgrades_that_concern_it_are_named(spent: dict[str, float], changes: dict[str, Any], said: str) -> None:
     assert said in explain(dataclasses.replace(REPORT, phases=spent, **changes))

@@ -79,8 +79,6 @@ def _advice(bound: Bound, report: LoadReport) -> str:
         )
     if bound != "copy":
         return _ADVICE[bound]
-    if report.device == "page-cache":
-        return "It drops what is read at once, and no setting makes that faster."
     if report.device == "cpu":
         return "What is read past the page cache is copied to its place; `prefetch.io: buffered` reads it there."
     if report.pinned_bytes:

@@ -194,8 +194,10 @@ def test_nothing_is_there_before_the_copy(benches: list[Bench]) -> None:
 
 
 def test_nowhere_takes_everything_and_keeps_nothing() -> None:
+    """A load does not even ask: see `copies`."""
     layout = Layout([place(SMALL), place(LARGE)], lands=[False], own_bytes=OWN, block_bytes=1 << 16)
     stage = DeviceStage([Destination(NowhereBackend(), None, lambda _: None)], layout)
+    assert not stage.copies
     transfer = layout.transfer(0, 2, 0, SMALL.nbytes + LARGE.nbytes)
     assert stage.submit(transfer, memoryview(allocate(1 << 16)), None) is None
     assert stage.take([1])[0].is_meta

@@ -16,6 +16,7 @@ from tests.models import SmallNet, tensors_of
 from weightstream.api import load_sync
 from weightstream.config import LoaderConfig
 from weightstream.scheduler.report import LoadReport
+from weightstream.scheduler.timeline import Recorder
 
 PHASES = ["preflight", "disk", "copy", "bind", "other"]
 
@@ -91,11 +92,16 @@ async def test_refused_pinning_is_a_fallback(path: Path, error: Exception | None
     assert "page-locking host memory was refused" in report.fallbacks[0]
 
 
-async def test_warm_report_names_the_page_cache(rig: Rig, path: Path) -> None:
-    async with rig.loader() as loader:
-        report = await loader.warm(path)
+@pytest.mark.parametrize("strategy", ["stream", "direct"])
+async def test_warm_report_names_the_page_cache_and_no_copies(rig: Rig, path: Path, strategy: str) -> None:
+    recorder = Recorder()
+    async with rig.loader(strategy=strategy) as loader:
+        report = await (await loader.start_warm(path, recorder=recorder)).wait()
     assert (report.device, report.device_peak_bytes) == ("page-cache", 0)
     assert report.num_bytes == rig.disk.num_bytes_begun
+    assert (report.num_copies, report.overlap) == (0, 0.0)
+    assert report.phases["copy"] == 0.0
+    assert all(span.chunk is None for span in recorder.timeline().spans if span.kind != "read")
 
 
 async def test_phases_sum_to_the_wall_time_in_virtual_time(rig: Rig, path: Path) -> None:
