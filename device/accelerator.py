@@ -35,6 +35,7 @@ __all__ = [
     "foreach_copy",
     "free_bytes",
     "on_callers_device",
+    "on_callers_streams",
     "used_here",
 ]
 
@@ -106,6 +107,25 @@ def on_callers_device(action: Callable[[], T]) -> Callable[[], T]:
     def act() -> T:
         torch.accelerator.set_device_index(index)
         return action()
+
+    return act
+
+
+def on_callers_streams(action: Callable[[], T]) -> Callable[[], T]:
+    """Return what does `action` on another thread, with the device and the streams current there that are so here and now.
+
+    For work on the device that is not ours, and goes to whatever stream is current: who asked for it goes on with what
+    comes of it on its own stream, which would not wait for another one.
+    """
+    streams = caller_streams()
+    on_device = on_callers_device(action)
+
+    def act() -> T:
+        for device, stream in streams.items():
+            # Making a stream current makes its device current, and takes memory there: not where nobody has chosen one.
+            if stream != torch.accelerator.current_stream(device):
+                torch.accelerator.set_stream(cast("torch.Stream", stream))
+        return on_device()
 
     return act
 

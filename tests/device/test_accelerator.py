@@ -20,6 +20,7 @@ from weightstream.errors import PlacementError
 from weightstream.prefetch.arena import Arena
 from weightstream.scheduler import consumer
 from weightstream.scheduler.engine import Engine, Machine
+from weightstream.scheduler.handle import in_own_thread
 from weightstream.scheduler.loader import make_job
 from weightstream.scheduler.sinks import ModelSink
 
@@ -85,13 +86,26 @@ class PerThread:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._local = threading.local()
+        self.num_streams_set = 0
         monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: getattr(self._local, "index", 0))
         monkeypatch.setattr(torch.accelerator, "set_device_index", self.set)
-        monkeypatch.setattr(torch.accelerator, "current_stream", lambda index: f"stream of {index}")
+        monkeypatch.setattr(torch.accelerator, "current_stream", self.stream)
+        monkeypatch.setattr(torch.accelerator, "set_stream", self.set_stream)
         monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(is_initialized=lambda: True))
 
     def set(self, index: int) -> None:
         self._local.index = index
+
+    def stream(self, device: torch.device | int) -> tuple[int, str]:
+        index = device if isinstance(device, int) else device.index
+        return index, getattr(self._local, f"stream_{index}", "default")
+
+    def set_stream(self, stream: tuple[int, str]) -> None:
+        """Makes the stream's device current, too, as torch does."""
+        index, name = stream
+        setattr(self._local, f"stream_{index}", name)
+        self.set(index)
+        self.num_streams_set += 1
 
 
 @pytest.mark.usefixtures("two_devices")
@@ -115,6 +129,27 @@ def test_load_goes_to_the_device_that_is_current_where_it_is_asked_for(
     job.finished.result()
     engine.close()
     assert opened == [torch.device("cuda", 1)]
+
+
+@pytest.mark.usefixtures("two_devices")
+def test_device_and_streams_of_the_caller_are_current_on_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the streams only those that the caller has chosen are made current: for the others nothing is touched."""
+    driver = PerThread(monkeypatch)
+
+    def look() -> tuple[int, dict[torch.device, object]]:
+        return torch.accelerator.current_device_index(), accelerator.caller_streams()
+
+    driver.set_stream((0, "side"))
+    driver.set(1)
+    here = look()
+    assert here == (1, {torch.device("cuda", 0): (0, "side"), torch.device("cuda", 1): (1, "default")})
+    result, thread = in_own_thread(accelerator.on_callers_streams(look))
+    assert result.result() == here
+    thread.join()
+    assert driver.num_streams_set == 2  # one here, one there
+    elsewhere, thread = in_own_thread(look)
+    assert elsewhere.result()[1][torch.device("cuda", 0)] == (0, "default")
+    thread.join()
 
 
 def test_stream_that_is_current_where_a_tensor_is_taken_is_noted_with_it(

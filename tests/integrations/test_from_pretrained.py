@@ -19,6 +19,7 @@ from torch import nn
 from tests.integrations.test_transformers import edit_config
 from tests.real.families import ALL_FAMILIES, logits_of, save_small, transformers
 from weightstream.config import LoaderConfig
+from weightstream.device import accelerator
 from weightstream.device.config import DeviceConfig
 from weightstream.errors import CheckpointError, LoadCancelledError, ShapeMismatchError
 from weightstream.integrations import conversion
@@ -319,6 +320,28 @@ async def test_awaited_model_equals_that_of_transformers(family: str, tmp_path: 
     kind = save_small(family, tmp_path, dtype=torch.float32)
     model = await from_pretrained_async(tmp_path, config=CPU)
     assert_equal(model, kind.from_pretrained(tmp_path))
+
+
+async def test_load_reads_the_streams_of_whoever_awaits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers converts, initialises and ties, it does on the stream that is current where the load begins."""
+    save_small("qwen3-moe", tmp_path, dtype=torch.float32)
+    local = threading.local()
+    monkeypatch.setattr(accelerator, "caller_streams", lambda: {torch.device("cuda", 0): stream_of()})
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: stream_of())
+    monkeypatch.setattr(torch.accelerator, "set_stream", lambda stream: setattr(local, "stream", stream))
+    asked: list[object] = []
+
+    def stream_of() -> str:
+        return getattr(local, "stream", "default")
+
+    def caller_streams() -> dict[torch.device, object]:
+        asked.append(stream_of())
+        return {}
+
+    monkeypatch.setattr(conversion, "caller_streams", caller_streams)
+    local.stream = "side"
+    await from_pretrained_async(tmp_path, config=CPU)
+    assert asked == ["side"]
 
 
 async def test_error_reaches_whoever_awaits(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from weightstream.config import LoaderConfig
-from weightstream.device.accelerator import on_callers_device
+from weightstream.device.accelerator import on_callers_streams
 from weightstream.device.config import DeviceConfig
 from weightstream.errors import CheckpointError, UnsupportedFormatError
 from weightstream.integrations.conversion import Weights, converted_names, loading
@@ -90,14 +90,14 @@ async def from_pretrained_async(
     model_config: object = None,
     **kwargs: object,
 ) -> nn.Module:
-    """Await `from_pretrained`, which runs on a thread of its own.
+    """Await `from_pretrained`, which runs on a thread of its own, with the caller's device and streams current there.
 
     Cancellation: the load is cancelled, and everything is cleaned up, before this returns; transformers' own part, which
     cannot be interrupted, is waited for.
     """
     weights = _weights(config, kwargs)
     work = functools.partial(_load, path, auto_class, weights, model_config, kwargs)
-    result, thread = in_own_thread(on_callers_device(work))
+    result, thread = in_own_thread(on_callers_streams(work))
     try:
         return await settle(result)
     except BaseException:
