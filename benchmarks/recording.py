@@ -2,7 +2,8 @@
 
 Run: python -m benchmarks.recording CHECKPOINT [--chunk 1MiB] [--runs 40]. Each pair of loads is in another order than
 the one before it; the result is the median of each side, and of the difference within pairs, which what changes on the
-machine from minute to minute does not touch. The files should be in the page cache, and the machine quiet.
+machine from minute to minute does not touch. The page cache is filled first (a load that finds nothing there may read past
+it, every time); the machine should be quiet.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ async def measure_pairs(checkpoint: Path, chunk: str, num_pairs: int) -> list[di
         model = model_for(opened.tensors.values()).to_empty(device="cpu")
     pairs: list[dict[bool, Cost]] = []
     async with ws.Loader(config) as loader:
+        await (await loader.start_warm()).wait()
         for run in range(-2, num_pairs):  # the first two warm up
             order = (True, False) if run % 2 else (False, True)
             pair = {records: await measure(loader, model, records=records) for records in order}
