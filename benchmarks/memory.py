@@ -11,12 +11,13 @@ import ctypes
 import mmap
 import resource
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
-__all__ = ["cpu_seconds", "mapped_file_bytes", "read_every_byte", "reset_peak", "status_bytes", "touch"]
+__all__ = ["compact", "cpu_seconds", "mapped_file_bytes", "read_every_byte", "reset_peak", "status_bytes", "touch"]
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, for which Python has no name
 _PAGE_BYTES = mmap.PAGESIZE
@@ -29,6 +30,16 @@ def touch(num_bytes: int) -> None:
     with mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         memory.madvise(mmap.MADV_HUGEPAGE)
         memory.madvise(_POPULATE_WRITE)
+
+
+def compact() -> None:
+    """Have the kernel put its free memory together, if it lets us: only root may.
+
+    Where that is in pieces, the same load takes between one and four times as long, by which huge pages it happens to
+    get, and how many it has to have put together while it waits.
+    """
+    with suppress(OSError):
+        Path("/proc/sys/vm/compact_memory").write_text("1")
 
 
 def status_bytes(field: str) -> int:

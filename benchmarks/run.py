@@ -20,6 +20,7 @@ from benchmarks.arms import Arm
 from benchmarks.checkpoints import Recipe
 from benchmarks.child import Cache, Job
 from benchmarks.machine import ROOT
+from benchmarks.memory import compact
 
 __all__ = ["Series", "Setting", "measure_all", "run_job"]
 
@@ -92,6 +93,8 @@ def measure_all(
 ) -> None:
     """Run every series once, in turn, and that `num_runs` times, each time beginning with another arm.
 
+    Before each turn free memory is put together, where that is allowed.
+
     Args:
         series: what to measure; results and reasons are put into it.
         num_runs: how often.
@@ -109,6 +112,7 @@ def measure_all(
         if turn + longest > deadline_s:
             _say(f"stopped after {number} of {num_runs} turns: the next would end too late")
             break
+        compact()
         for one in _rotated(series, number):
             if one.reason is None and time.monotonic() > deadline_s:
                 one.reason = "not reached within the time that was given"

@@ -17,6 +17,7 @@ from typing import Annotated, Any, NoReturn
 import msgspec
 
 from weightstream.errors import HeaderError, ReadError, UnsupportedFormatError
+from weightstream.interpreter import no_garbage_collection
 
 __all__ = [
     "DTYPE_BITS",
@@ -189,7 +190,8 @@ def read_header(
     if on_bytes is not None:
         on_bytes(prefix)
         on_bytes(raw)
-    specs = parse_header(raw, file=file, shard=shard)
+    with no_garbage_collection():
+        specs = parse_header(raw, file=file, shard=shard)
     expected = specs[-1].end if specs else 8 + length
     if expected != file_bytes:
         problem = "truncated" if file_bytes < expected else "longer than its header says"

@@ -23,6 +23,7 @@ import torch
 from weightstream.device.accelerator import on_callers_device
 from weightstream.device.stage import DeviceStage
 from weightstream.errors import LoadCancelledError, MemoryBudgetError, WeightstreamError
+from weightstream.interpreter import no_garbage_collection, quick_thread_switches
 from weightstream.prefetch.attempts import Attempts
 from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
 from weightstream.prefetch.config import PrefetchConfig
@@ -33,7 +34,6 @@ from weightstream.scheduler.course import Filled
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.files import Files
 from weightstream.scheduler.flow import Flow
-from weightstream.scheduler.interpreter import no_garbage_collection, quick_thread_switches
 from weightstream.scheduler.ledger import Ledger
 from weightstream.scheduler.pipeline import Pipeline
 from weightstream.scheduler.plan import Chunk, LoadPlan

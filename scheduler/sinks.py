@@ -15,12 +15,12 @@ from weightstream.device.matching import deliver, match
 from weightstream.device.placement import Placement
 from weightstream.device.stage import DeviceStage
 from weightstream.errors import PlacementError
+from weightstream.interpreter import no_garbage_collection
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.source import Source
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.files import Files
-from weightstream.scheduler.interpreter import no_garbage_collection
 from weightstream.scheduler.plan import Chunk, LoadPlan, make_plan
 from weightstream.scheduler.slots import chunk_bytes
 from weightstream.scheduler.strategy import ChosenStrategy, Decision

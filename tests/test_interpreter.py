@@ -9,7 +9,7 @@ from collections.abc import Generator
 
 import pytest
 
-from weightstream.scheduler.interpreter import no_garbage_collection, quick_thread_switches
+from weightstream.interpreter import no_garbage_collection, quick_thread_switches
 
 
 @pytest.fixture(autouse=True)
