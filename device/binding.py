@@ -272,7 +272,7 @@ class Binder:
         keys = _Keys([], [])
         errors: list[str] = []
         try:
-            _load_module(subtree.module, state, subtree.prefix, keys, errors, assign=assign)
+            _load_module(subtree.module, {**state, **subtree.extras}, subtree.prefix, keys, errors, assign=assign)
             if errors:
                 raise RuntimeError("; ".join(errors))  # noqa: TRY301 (mapped like those that hooks raise)
         except Exception as exc:
@@ -333,7 +333,7 @@ class _Keys(NamedTuple):
 
 
 def _load_module(
-    module: nn.Module, state: dict[str, torch.Tensor], prefix: str, keys: _Keys, errors: list[str], *, assign: bool
+    module: nn.Module, state: dict[str, object], prefix: str, keys: _Keys, errors: list[str], *, assign: bool
 ) -> None:
     """Do what `nn.Module.load_state_dict` does for one module and those below, with names as in the whole model."""
     metadata = {"assign_to_params_buffers": assign}

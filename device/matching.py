@@ -4,7 +4,7 @@
 # Gradient hooks have no public name in `torch.Tensor`.
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import repeat
 from typing import NoReturn
 
@@ -49,7 +49,12 @@ def deliver(stored: Mapping[str, Stored], config: DeviceConfig, device: torch.de
 
 
 def match(  # noqa: C901, PLR0912 (one loop over all tensors)
-    model: nn.Module, stored: Mapping[str, Stored], config: DeviceConfig, default: torch.device | DeviceMap
+    model: nn.Module,
+    stored: Mapping[str, Stored],
+    config: DeviceConfig,
+    default: torch.device | DeviceMap,
+    *,
+    extras: Mapping[str, Callable[[], object]] | None = None,
 ) -> Placement:
     """Decide for every tensor of a checkpoint, or fail before anything has changed.
 
@@ -61,6 +66,7 @@ def match(  # noqa: C901, PLR0912 (one loop over all tensors)
         config: used except for `rename`, which has been, and `device_map`, which is `default` then.
         default: the device for a model that has no storage yet, where materialised parameters decide for themselves; or
             a map, which materialised parameters have to agree with. Of tied tensors the first name decides.
+        extras: what the checkpoint holds for modules besides tensors, by name; called for those that are there.
 
     Raises:
         MissingKeysError, UnexpectedKeysError: with `strict`, for names on one side alone.
@@ -112,6 +118,8 @@ def match(  # noqa: C901, PLR0912 (one loop over all tensors)
             names.extend(target.names)
     if in_place:
         _find_shared(placement, in_place)
+    if extras:
+        unexpected += _give_extras(found.subtrees, extras, devices)
     missing: list[str] = []
     if len(names) < len(found.index_of) or placement.subtrees:
         known = {*names, *placement.unloaded}
@@ -152,6 +160,22 @@ def _leave_on_meta(placement: Placement, found: Targets, devices: DeviceMap) -> 
                 tensor=left[0],
                 hint="Leave all of that module on meta, or nothing",
             )
+
+
+def _give_extras(
+    subtrees: list[Subtree], extras: Mapping[str, Callable[[], object]], devices: DeviceMap | None
+) -> list[str]:
+    """Give extra state to the modules that load themselves; return the names of what is left."""
+    left: list[str] = []
+    for name, make in extras.items():
+        if devices is not None and devices.index_of(name) is None:
+            continue
+        subtree = _enclosing(subtrees, name)
+        if subtree is None:
+            left.append(name)
+        else:
+            subtree.extras[name] = make()
+    return left
 
 
 def _note_in_place(placement: Placement, place: Place, in_place: list[int]) -> None:

@@ -185,7 +185,7 @@ class Placement:
 
     def wants(self, subtree: Subtree) -> bool:
         """Say whether a module that loads itself has anything to load: a part of a model may be all that is wanted."""
-        if not self._rules.is_partial or subtree.places:
+        if not self._rules.is_partial or subtree.places or subtree.extras:
             return True
         return any(self._rules.selects(name) for target in subtree.targets for name in target.names)
 

@@ -64,6 +64,7 @@ class Subtree:
         targets: its tensors, except for those that were found elsewhere first.
         tied: those, which others load.
         places: what it is given.
+        extras: and besides, by name: extra state that is no tensor.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -74,6 +75,7 @@ class Subtree:
         self.targets: list[Target] = []
         self.tied: list[Target] = []
         self.places: list[Place] = []
+        self.extras: dict[str, object] = {}
 
     def own_name(self, name: str, target: Target | None) -> str:
         """Return the name by which the module knows a tensor, which may be tied to one elsewhere."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from typing import Self
 
 from weightstream.errors import CheckpointError, IntegrityError, ReadError
 from weightstream.prefetch.attempts import ONCE, Attempts
+from weightstream.prefetch.extras import ExtraState
 from weightstream.prefetch.finding import find_checkpoint, refuse_rivals
 from weightstream.prefetch.hashing import FileHash
 from weightstream.prefetch.header import TensorSpec, read_header
@@ -39,6 +40,7 @@ class Checkpoint:
         hashes: for each shard, a hash that has seen its header, or nothing of a file of `torch.save`; empty unless the
             checkpoint was opened to be verified.
         index: what the index was (see `identity_of`) before it was read; None if there is none.
+        extras: what files of `torch.save` hold for single modules besides tensors, by name.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Checkpoint:
         notes: tuple[str, ...] = (),
         hashes: tuple[FileHash, ...] = (),
         index: tuple[int, int, int, int] | None = None,
+        extras: Mapping[str, ExtraState] | None = None,
     ) -> None:
         self.path = path
         self.shards = shards
@@ -56,6 +59,7 @@ class Checkpoint:
         self.notes = notes
         self.hashes = hashes
         self.index = index
+        self.extras: Mapping[str, ExtraState] = extras or {}
         self._closed = False
 
     @property
@@ -146,30 +150,34 @@ def open_checkpoint(
     shards: list[Shard] = []
     headers: list[list[TensorSpec]] = []
     begun: list[FileHash] = []
+    extras: dict[str, ExtraState] = {}
     notes = list(found.notes)
     files: dict[tuple[int, ...], str] = {}
     try:
         for number, name in enumerate(names):
             opens = functools.partial(open_shard, root, name, listed_in, allow_outside_links=anywhere)
             opened = functools.partial(_open, opens, name, number, files, hashes=hashes)
-            shard, header, said, hashed = attempts.call(opened, root / name)
+            shard, header, said, extra, hashed = attempts.call(opened, root / name)
             shards.append(shard)
             headers.append(header)
             notes += said
+            extras |= extra
             begun += [] if hashed is None else [hashed]
         tensors = {spec.name: spec for header in headers for spec in header}
         if weight_map is not None:
+            for name in extras:  # an index need not list what is no tensor
+                weight_map.pop(name, None)
             check_index(listed_in, weight_map, tensors, dict(zip(names, headers, strict=True)))
     except BaseException:
         for shard in shards:
             os.close(shard.fd)
         raise
-    return Checkpoint(listed_in, tuple(shards), tensors, tuple(notes), tuple(begun), seen)
+    return Checkpoint(listed_in, tuple(shards), tensors, tuple(notes), tuple(begun), seen, extras)
 
 
 def _open(
     opens: Callable[[], Shard], name: str, number: int, files: dict[tuple[int, ...], str], *, hashes: bool
-) -> tuple[Shard, list[TensorSpec], list[str], FileHash | None]:
+) -> tuple[Shard, list[TensorSpec], list[str], dict[str, ExtraState], FileHash | None]:
     """Open one shard, read its header, and begin its hash, if there is to be one.
 
     `files`: the identities of those that are open, with their names.
@@ -178,19 +186,21 @@ def _open(
     try:
         _check_new(shard, name, files)
         hashed = FileHash() if hashes else None
-        specs, said = _read_tensors(shard, number, hashed)
+        specs, said, extras = _read_tensors(shard, number, hashed)
     except BaseException:
         os.close(shard.fd)
         raise
-    return shard, specs, said, hashed
+    return shard, specs, said, extras, hashed
 
 
-def _read_tensors(shard: Shard, number: int, begun: FileHash | None) -> tuple[list[TensorSpec], list[str]]:
-    """Return a shard's tensors, and what is to be said about the rest of it."""
+def _read_tensors(
+    shard: Shard, number: int, begun: FileHash | None
+) -> tuple[list[TensorSpec], list[str], dict[str, ExtraState]]:
+    """Return a shard's tensors, what is to be said about the rest of it, and extra state."""
     file = str(shard.path)
     if shard.path.suffix not in _TORCH_SUFFIXES:
         on_bytes = None if begun is None else begun.update
-        return read_header(shard.fd, shard.num_bytes, file=file, shard=number, on_bytes=on_bytes), []
+        return read_header(shard.fd, shard.num_bytes, file=file, shard=number, on_bytes=on_bytes), [], {}
     # What says where the tensors are stands behind them, so all of the file is hashed when they are read.
     return read_torch_file(shard.fd, shard.num_bytes, file=file, shard=number)
 

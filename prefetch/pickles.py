@@ -19,7 +19,16 @@ from weightstream.errors import HeaderError, UnsupportedFormatError
 from weightstream.prefetch.header import MAX_RANK
 from weightstream.prefetch.unpickling import MalformedError, NewerProtocolError, unpickle
 
-__all__ = ["MAX_OPCODES", "MAX_PICKLE_BYTES", "OPAQUE", "PickledTensor", "Storage", "newer_protocol", "read_pickle"]
+__all__ = [
+    "MAX_OPCODES",
+    "MAX_PICKLE_BYTES",
+    "OPAQUE",
+    "PickledBytes",
+    "PickledTensor",
+    "Storage",
+    "newer_protocol",
+    "read_pickle",
+]
 
 #: Limits of our own. A tensor takes 30 to 34 instructions and some 100 bytes, so that a file has room for 60,000; and so
 #: many instructions, each of which makes one object at most, are read within a second.
@@ -99,6 +108,12 @@ class PickledTensor(msgspec.Struct, frozen=True):
     stride: tuple[int, ...]
 
 
+class PickledBytes(msgspec.Struct, frozen=True):
+    """Bytes, as the characters of the same numbers."""
+
+    text: str
+
+
 class _Opaque:
     """Something that no tensor depends on."""
 
@@ -115,7 +130,7 @@ def read_pickle(
 
     Returns:
         What it stands for: None, bool, int, float, str, tuple, list, dict with keys that are strings or numbers,
-        `PickledTensor`, or `OPAQUE`; where it ends in `raw`; and the storages that it mentions, by their keys.
+        `PickledTensor`, `PickledBytes`, or `OPAQUE`; where it ends in `raw`; and the storages that it mentions, by their keys.
 
     Raises:
         EndOfDataError: `raw` ends before the pickle does.
@@ -256,6 +271,14 @@ class _Tensors:
     def size(self, given: tuple[object, ...]) -> object:
         return given[0] if len(given) == 1 else OPAQUE
 
+    def encode(self, given: tuple[object, ...]) -> object:
+        """Take bytes, which protocol 2 writes as a call; they are made where somebody asks for them."""
+        match given:
+            case (str(text), "latin1"):
+                return PickledBytes(text)
+            case _:
+                return OPAQUE
+
     def nothing(self, given: tuple[object, ...]) -> object:
         return OPAQUE
 
@@ -327,5 +350,5 @@ _NAMES: dict[str, object] = {
     "collections.OrderedDict": _Function(_Tensors.ordered_dict),
     "torch.Size": _Function(_Tensors.size),
     "torch.device": _Function(_Tensors.nothing),
-    "_codecs.encode": _Function(_Tensors.nothing),
+    "_codecs.encode": _Function(_Tensors.encode),
 }

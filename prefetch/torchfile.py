@@ -7,11 +7,12 @@ by one. What neither has is a rule that tensors tile the file: they may share by
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NoReturn, cast
 
 from weightstream.errors import HeaderError, UnsupportedFormatError, some
 from weightstream.prefetch.archive import Archive
+from weightstream.prefetch.extras import ExtraState, ExtraTensor, is_extra_state, take_extra_states
 from weightstream.prefetch.header import DTYPE_BITS, TensorSpec, read_exactly
 from weightstream.prefetch.pickles import (
     MAX_OPCODES,
@@ -51,7 +52,9 @@ _MOST_ABOUT_SYSTEM, _MOST_OF_KEYS = 1000, MAX_OPCODES // 8
 _MAX_INT = 2**63 - 1
 
 
-def read_torch_file(fd: int, file_bytes: int, *, file: str, shard: int) -> tuple[list[TensorSpec], list[str]]:
+def read_torch_file(
+    fd: int, file_bytes: int, *, file: str, shard: int
+) -> tuple[list[TensorSpec], list[str], dict[str, ExtraState]]:
     """Read what a file of `torch.save` says about its tensors.
 
     Args:
@@ -61,7 +64,8 @@ def read_torch_file(fd: int, file_bytes: int, *, file: str, shard: int) -> tuple
         shard: the number that the specs carry.
 
     Returns:
-        The tensors in the order of their bytes, and what is in the file besides them, in sentences.
+        The tensors in the order of their bytes; what is in the file besides them, in sentences; and extra state that is no
+        tensor, by its names.
 
     Raises:
         HeaderError: the file breaks the format, or is truncated.
@@ -80,10 +84,17 @@ def read_torch_file(fd: int, file_bytes: int, *, file: str, shard: int) -> tuple
         raise UnsupportedFormatError(
             "not a file of torch.save", file=file, expected="a zip archive, or torch's older layout", actual=start[:4]
         )
-    tensors, notes = _find_tensors(value, file)
+    tensors, found, notes = _find_tensors(value, file)
     specs = [_describe(name, tensor, begins, file, shard) for name, tensor in tensors.items()]
     specs.sort(key=lambda spec: (spec.begin, spec.end))
-    return specs, notes
+
+    def read(name: str, tensor: PickledTensor, most_bytes: int) -> ExtraTensor | None:
+        spec = _describe(name, tensor, begins, file, shard)
+        if spec.num_bytes > most_bytes:
+            return None
+        return ExtraTensor(spec.dtype, spec.shape, spec.stride, read_exactly(fd, spec.num_bytes, spec.begin, file))
+
+    return specs, notes, take_extra_states(found, shard, read)
 
 
 def _read_archive(fd: int, file_bytes: int, file: str) -> tuple[object, dict[str, int]]:
@@ -190,8 +201,11 @@ def _storage_bytes(storage: Storage, file: str) -> int:
     return storage.num_elements * DTYPE_BITS[storage.dtype] // 8
 
 
-def _find_tensors(value: object, file: str) -> tuple[dict[str, PickledTensor], list[str]]:
-    """Return the state dict: the one that trainers put under a name of its own, or the whole."""
+def _find_tensors(value: object, file: str) -> tuple[dict[str, PickledTensor], dict[str, object], list[str]]:
+    """Return the state dict: the one that trainers put under a name of its own, or the whole.
+
+    Its tensors, its extra state that is no tensor, and sentences about the rest.
+    """
     if not isinstance(value, dict):
         raise UnsupportedFormatError("not a dict of tensors", file=file, actual=type(value).__name__)
     whole = cast("dict[object, object]", value)
@@ -200,11 +214,13 @@ def _find_tensors(value: object, file: str) -> tuple[dict[str, PickledTensor], l
         if isinstance(inner, dict):
             tensors = _tensors_of(cast("dict[object, object]", inner))
             if tensors:
-                return _named(tensors, file), _left_out(file, key, whole, {key}) + _left_out(
-                    file, None, cast("dict[object, object]", inner), tensors
-                )
-    tensors = _tensors_of(whole)
-    if not tensors and whole:
+                extras = _extras_of(cast("dict[object, object]", inner))
+                taken = tensors.keys() | extras.keys()
+                notes = _left_out(file, key, whole, {key})
+                notes += _left_out(file, None, cast("dict[object, object]", inner), taken, extras)
+                return _named(tensors, file), extras, notes
+    tensors, extras = _tensors_of(whole), _extras_of(whole)
+    if not tensors and not extras and whole:
         raise UnsupportedFormatError(
             "no tensors are in the dict, nor in one inside it with a usual name",
             file=file,
@@ -212,7 +228,15 @@ def _find_tensors(value: object, file: str) -> tuple[dict[str, PickledTensor], l
             actual=some(whole),
             hint="Save the state_dict alone",
         )
-    return _named(tensors, file), _left_out(file, None, whole, tensors)
+    return _named(tensors, file), extras, _left_out(file, None, whole, tensors.keys() | extras.keys(), extras)
+
+
+def _extras_of(found: dict[object, object]) -> dict[str, object]:
+    return {
+        key: value
+        for key, value in found.items()
+        if isinstance(key, str) and is_extra_state(key) and not isinstance(value, PickledTensor)
+    }
 
 
 def _tensors_of(found: dict[object, object]) -> dict[object, PickledTensor]:
@@ -226,12 +250,16 @@ def _named(tensors: Mapping[object, PickledTensor], file: str) -> dict[str, Pick
     return cast("dict[str, PickledTensor]", dict(tensors))
 
 
-def _left_out(file: str, inside: str | None, whole: Mapping[object, object], taken: object) -> list[str]:
-    rest = [key for key in whole if key not in cast("set[object]", taken)]
-    where = f"taken from under {inside!r} in {file}" if inside is not None else file
-    if not rest:
-        return [f"format: {where}"] if inside is not None else []
-    return [f"format: {where}; left out, as they are no tensors: {some(rest)}"]
+def _left_out(
+    file: str, inside: str | None, whole: Mapping[object, object], taken: Collection[object], extras: Iterable[str] = ()
+) -> list[str]:
+    rest = [key for key in whole if key not in taken]
+    said = f"taken from under {inside!r} in {file}" if inside is not None else file
+    if rest:
+        said += f"; left out, as they are no tensors: {some(rest)}"
+    if extras:
+        said += f"; for modules alone, as it is no tensor: {some(extras)}"
+    return [f"format: {said}"] if rest or extras or inside is not None else []
 
 
 def _describe(name: str, tensor: PickledTensor, begins: dict[str, int], file: str, shard: int) -> TensorSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -113,7 +114,8 @@ class ModelSink:
         with wanted.locating():
             default = engine.default_device() if entries is None else engine.device_map(entries)
             with no_garbage_collection():
-                placement = match(self._model, wanted.tensors, self._config, default)
+                extras = {name: functools.partial(wanted.extra_state, name) for name in wanted.extras}
+                placement = match(self._model, wanted.tensors, self._config, default, extras=extras)
         backends = tuple(map(engine.backend, placement.devices))
         specs = [wanted.tensors[place.name] for place in placement.places]
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from typing import cast
+
+import torch
 
 from weightstream.device.config import DeviceConfig
+from weightstream.device.dtypes import torch_dtype, torch_shape, unsupported
 from weightstream.device.names import NameRules
-from weightstream.errors import WeightstreamError
+from weightstream.errors import UnsupportedFormatError, WeightstreamError
 from weightstream.prefetch.checkpoint import Checkpoint
+from weightstream.prefetch.extras import ExtraState, ExtraTensor
 from weightstream.prefetch.header import TensorSpec
 
 __all__ = ["Wanted"]
@@ -19,6 +24,7 @@ class Wanted:
 
     Attributes:
         tensors: by their names in the model, in the order of shards and bytes.
+        extras: likewise, what modules keep besides tensors.
 
     Raises:
         PlacementError: two get one name.
@@ -27,8 +33,25 @@ class Wanted:
     def __init__(self, checkpoint: Checkpoint, config: DeviceConfig) -> None:
         self._checkpoint = checkpoint
         self.tensors: Mapping[str, TensorSpec] = {}
+        self.extras: Mapping[str, ExtraState] = {}
         with self.locating():
-            self.tensors = NameRules(config).apply(checkpoint.tensors)
+            rules = NameRules(config)
+            self.tensors, self.extras = rules.apply(checkpoint.tensors), rules.apply(checkpoint.extras)
+
+    def extra_state(self, name: str) -> object:
+        """Make the extra state of a module, as `torch.load` would, with tensors on the CPU.
+
+        Raises:
+            UnsupportedFormatError: it is not made of plain data and tensors, or there is too much of it.
+        """
+        state = self.extras[name]
+        if state.problem is not None:
+            raise UnsupportedFormatError(
+                f"the extra state of a module cannot be taken from the file: {state.problem}",
+                tensor=name,
+                hint="Have get_extra_state return a tensor, or plain data; device.exclude loads the model without it",
+            )
+        return _with_tensors(name, state.value)
 
     @contextmanager
     def locating(self) -> Generator[None, None, None]:
@@ -36,8 +59,27 @@ class Wanted:
         try:
             yield
         except WeightstreamError as error:
-            spec = self.tensors.get(error.tensor or "")
+            spec = self.tensors.get(error.tensor or "") or self.extras.get(error.tensor or "")
             error.file = str(self._checkpoint.path if spec is None else self._checkpoint.shards[spec.shard].path)
             if spec is not None and spec.name != error.tensor:
                 error.stored_as = spec.name
             raise
+
+
+def _with_tensors(name: str, value: object) -> object:
+    """Make tensors of what stands for them. The levels are few, as `take_extra_states` has seen to."""
+    if isinstance(value, ExtraTensor):
+        dtype = torch_dtype(value.dtype)
+        if dtype is None:
+            raise unsupported(value.dtype, name)
+        shape = torch_shape(value.dtype, value.shape, tensor=name)
+        if not value.raw:
+            return torch.empty(shape, dtype=dtype)
+        flat = torch.frombuffer(bytearray(value.raw), dtype=dtype)
+        return flat.view(shape) if value.stride is None else flat.as_strided(shape, value.stride)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_with_tensors(name, item) for item in cast("list[object]", value))
+    if isinstance(value, dict):
+        pairs = cast("dict[object, object]", value).items()
+        return type(value)((key, _with_tensors(name, item)) for key, item in pairs)  # an OrderedDict stays one
+    return value

@@ -217,7 +217,7 @@ def check_torch(file: bytes) -> frozenset[str]:
     """
     with _in_memory(file) as fd:
         try:
-            specs, notes = read_torch_file(fd, len(file), file="input", shard=0)
+            specs, notes, _ = read_torch_file(fd, len(file), file="input", shard=0)
         except (HeaderError, UnsupportedFormatError) as error:
             check_message(error)
             return REFUSED

@@ -386,7 +386,7 @@ def test_every_changed_byte_is_refused_or_makes_no_difference_to_torch(tmp_path:
             path.write_bytes(raw)
             fd = os.open(path, os.O_RDONLY)
             try:
-                specs, _ = read_torch_file(fd, len(raw), file=str(path), shard=0)
+                specs, _, _ = read_torch_file(fd, len(raw), file=str(path), shard=0)
             except (HeaderError, UnsupportedFormatError):
                 continue
             finally:

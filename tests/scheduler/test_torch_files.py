@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from tests.builders import assert_same, write_index
 from tests.fakes.rig import KIB, Rig
 from tests.models import SmallNet, tensors_of
-from weightstream.errors import PlacementError
+from weightstream.errors import PlacementError, UnexpectedKeysError, UnsupportedFormatError
 
 LAYOUTS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
 
@@ -28,6 +30,27 @@ class Holder(nn.Module):
         super().__init__()
         for name, tensor in tensors.items():
             self.register_buffer(name, torch.zeros(tensor.shape, dtype=tensor.dtype, device=device))
+
+
+def nested(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def contains_itself() -> list[Any]:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
+def doubling(times: int) -> list[Any]:
+    """A list that a walk over it would never see the end of."""
+    value: list[Any] = [1]
+    for _ in range(times):
+        value = [value, value]
+    return value
 
 
 def odd_tensors() -> dict[str, torch.Tensor]:
@@ -141,6 +164,139 @@ async def test_module_that_loads_itself_is_given_views(rig: Rig, tmp_path: Path)
         await loader.load(model, path)
     for name, tensor in model.state_dict().items():
         assert_same(tensor, state[name].contiguous())
+
+
+class Keeper(nn.Linear):
+    """Keeps something besides parameters."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(2, 3, device=where)
+        self.kept: Any = None
+
+    def get_extra_state(self) -> Any:
+        return self.kept
+
+    def set_extra_state(self, state: Any) -> None:
+        self.kept = state
+
+
+class TestExtraStateThatIsNoTensor:
+    @LAYOUTS
+    @pytest.mark.parametrize("where", ["meta", "cpu"])
+    @pytest.mark.parametrize(
+        "state",
+        [
+            pytest.param(None, id="None"),
+            pytest.param(7, id="number"),
+            pytest.param("text", id="text"),
+            pytest.param(b"\x00bytes\xff", id="bytes"),
+            pytest.param({"step": 3, "scale": 0.1, "names": ["a", ("b", True)], 5: 2**70}, id="dict"),
+            pytest.param(OrderedDict(b=1, a=[]), id="OrderedDict"),
+            pytest.param([], id="nothing in it"),
+        ],
+    )
+    async def test_is_given_to_its_module(
+        self, rig: Rig, tmp_path: Path, where: str, state: Any, *, zipped: bool
+    ) -> None:
+        keeper, other = Keeper(where), Keeper("cpu")
+        model = nn.Sequential(nn.Linear(2, 2, device=where), keeper)
+        reference = nn.Sequential(nn.Linear(2, 2), other)
+        other.kept = state
+        path = save(tmp_path / "model.bin", reference.state_dict(), zipped=zipped)
+        other.kept = "lost"
+        reference.load_state_dict(torch.load(path, weights_only=True))
+        async with rig.loader() as loader:
+            report = await loader.load(model, path)
+        assert keeper.kept == other.kept == state
+        assert type(keeper.kept) is type(state)
+        assert_same(keeper.weight, other.weight)
+        assert f"format: {path}; for modules alone, as it is no tensor: 1._extra_state" in report.decisions
+        assert not report.missing_keys
+
+    @LAYOUTS
+    async def test_has_the_tensors_that_are_in_it(self, rig: Rig, tmp_path: Path, *, zipped: bool) -> None:
+        base = torch.randn(4, 6)
+        tensors = [base.t(), base[1:3], torch.ones(0, 2), torch.tensor(3).to(torch.int16), torch.randn(3).bfloat16()]
+        reference = Keeper("cpu")
+        reference.kept = {"history": tensors, "step": 1}
+        path = save(
+            tmp_path / "model.bin", {"net": nn.Linear(1, 1).state_dict(), **reference.state_dict()}, zipped=zipped
+        )
+        model = Keeper("meta")
+        async with rig.loader() as loader:
+            await loader.load(model, path)
+        for found, expected in zip(model.kept["history"], tensors, strict=True):
+            assert_same(found, expected)
+            assert found.stride() == expected.stride() or not found.numel()
+
+    @pytest.mark.parametrize("strategy", ["preload", "direct"])
+    async def test_follows_the_rules_for_names_and_may_be_in_any_shard(
+        self, rig: Rig, tmp_path: Path, strategy: str
+    ) -> None:
+        reference = Keeper("cpu")
+        reference.kept = [1, 2]
+        state = {f"old.{name}": value for name, value in reference.state_dict().items()}
+        save(tmp_path / "pytorch_model-1.bin", {"old.weight": state["old.weight"]})
+        save(tmp_path / "pytorch_model-2.bin", {name: state[name] for name in ("old.bias", "old._extra_state")})
+        weight_map = {name: f"pytorch_model-{1 if name == 'old.weight' else 2}.bin" for name in state}
+        write_index(tmp_path, weight_map, "pytorch_model.bin.index.json")
+        model = nn.Sequential(Keeper("meta"))
+        async with rig.loader(strategy=strategy, rename=[{"pattern": r"^old\.", "to": "0."}]) as loader:
+            await loader.load(model, tmp_path)
+            assert model[0].kept == [1, 2]
+        model = nn.Sequential(Keeper("meta"))
+        part: dict[str, Any] = {
+            "rename": [{"pattern": r"^old\.", "to": "0."}],
+            "exclude": ["_extra_state"],
+            "strict": False,
+        }
+        async with rig.loader(strategy=strategy, **part) as loader:
+            report = await loader.load(model, tmp_path)
+            assert model[0].kept is None
+            assert not report.missing_keys  # what was not selected is not missing
+
+    async def test_without_a_module_for_it_is_unexpected_as_in_torch(self, rig: Rig, tmp_path: Path) -> None:
+        reference = nn.Sequential(Keeper("cpu"))
+        path = save(tmp_path / "model.bin", reference.state_dict())
+        plain = nn.Sequential(nn.Linear(2, 3))
+        with pytest.raises(RuntimeError, match=r'Unexpected key.*"0\._extra_state"'):
+            plain.load_state_dict(torch.load(path, weights_only=True))
+        async with rig.loader() as loader:
+            with pytest.raises(UnexpectedKeysError, match=r"0\._extra_state"):
+                await loader.load(plain, path)
+        async with rig.loader(strict=False) as loader:
+            report = await loader.load(plain, path)
+        assert report.unexpected_keys == ("0._extra_state",)
+
+    @pytest.mark.parametrize(
+        ("state", "says"),
+        [
+            pytest.param({"device": torch.device("cpu")}, "something else than plain data", id="device"),
+            pytest.param(torch.float16, "something else than plain data", id="dtype"),
+            pytest.param([torch.zeros(2**22), torch.zeros(1)], "more than 16777216 bytes", id="tensors"),
+            pytest.param(b"a" * (2**24 + 1), "more than 16777216 bytes", id="bytes"),
+            pytest.param([1] * 100_000, "more than 100000 values", id="values"),
+            pytest.param(nested(40), "32 levels", id="levels"),
+            pytest.param(contains_itself(), "32 levels", id="contains itself"),
+            pytest.param(doubling(30), "more than 100000 values", id="one list again and again"),
+        ],
+    )
+    async def test_that_cannot_be_had_is_refused_by_name_where_a_module_wants_it(
+        self, rig: Rig, tmp_path: Path, state: Any, says: str
+    ) -> None:
+        reference = nn.Sequential(Keeper("cpu"))
+        reference[0].kept = state
+        path = save(tmp_path / "model.bin", reference.state_dict())
+        model = nn.Sequential(Keeper("meta"))
+        async with rig.loader() as loader:
+            with pytest.raises(UnsupportedFormatError, match=says) as caught:
+                await loader.load(model, path)
+        assert (caught.value.tensor, caught.value.file) == ("0._extra_state", str(path))
+        assert model[0].weight.is_meta
+        assert rig.disk.num_begun == 0
+        async with rig.loader(ignore_unexpected=["_extra_state"]) as loader:
+            report = await loader.load(nn.Sequential(nn.Linear(2, 3)), path)
+        assert report.num_tensors == 2
 
 
 async def test_index_of_pickles_is_loaded(rig: Rig, tmp_path: Path) -> None:
