@@ -107,12 +107,12 @@ class _Taker:
             self._count(MAX_BYTES + 1 if tensor is None else len(tensor.raw))
             return tensor
         if isinstance(value, (tuple, list)):
-            kind = list if isinstance(value, list) else tuple
-            return kind(self.take(name, item, level + 1) for item in cast("list[object]", value))
+            items = [self.take(name, item, level + 1) for item in cast("list[object]", value)]
+            return items if isinstance(value, list) else tuple(items)
         if isinstance(value, dict):
             pairs = cast("dict[object, object]", value).items()
-            kept = ((self.take(name, key, level), self.take(name, item, level + 1)) for key, item in pairs)
-            return OrderedDict(kept) if isinstance(value, OrderedDict) else dict(kept)
+            kept = {self.take(name, key, level): self.take(name, item, level + 1) for key, item in pairs}
+            return OrderedDict(kept) if isinstance(value, OrderedDict) else kept
         raise _UnusableError("it holds something else than plain data and tensors")
 
     def _count(self, num_bytes: int) -> None:

@@ -273,11 +273,9 @@ class _Tensors:
 
     def encode(self, given: tuple[object, ...]) -> object:
         """Take bytes, which protocol 2 writes as a call; they are made where somebody asks for them."""
-        match given:
-            case (str(text), "latin1"):
-                return PickledBytes(text)
-            case _:
-                return OPAQUE
+        if len(given) == 2 and isinstance(given[0], str) and given[1] == "latin1":
+            return PickledBytes(given[0])
+        return OPAQUE
 
     def nothing(self, given: tuple[object, ...]) -> object:
         return OPAQUE

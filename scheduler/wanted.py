@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import cast
@@ -78,8 +79,9 @@ def _with_tensors(name: str, value: object) -> object:
         flat = torch.frombuffer(bytearray(value.raw), dtype=dtype)
         return flat.view(shape) if value.stride is None else flat.as_strided(shape, value.stride)
     if isinstance(value, (tuple, list)):
-        return type(value)(_with_tensors(name, item) for item in cast("list[object]", value))
+        items = [_with_tensors(name, item) for item in cast("list[object]", value)]
+        return items if isinstance(value, list) else tuple(items)
     if isinstance(value, dict):
-        pairs = cast("dict[object, object]", value).items()
-        return type(value)((key, _with_tensors(name, item)) for key, item in pairs)  # an OrderedDict stays one
+        kept = {key: _with_tensors(name, item) for key, item in cast("dict[object, object]", value).items()}
+        return OrderedDict(kept) if isinstance(value, OrderedDict) else kept
     return value
