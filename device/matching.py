@@ -104,7 +104,7 @@ def match(  # noqa: C901, PLR0912 (one loop over all tensors)
         if at < 0 or (target is not None and target.subtree is not None):
             if not _place_specially(placement, found, name, spec, target, config, index):
                 # Checkpoints of older versions hold what is computed by now: position numbers, rotary tables.
-                (placement.computed if name in found.own_buffers else unexpected).append(name)
+                (placement.note_computed if name in found.own_buffers else unexpected.append)(name)
                 continue
         else:
             place = _place(name, spec, tensors[at], at, target, config, device, index, as_declared=as_declared)

@@ -94,7 +94,8 @@ class Placement:
         loaded_themselves: filled in by `binding`: which subtrees loaded themselves.
         missing_keys, unexpected_keys: names on one side alone, as torch names them; `binding` adds those of subtrees.
         ignored: such names that the configuration says to ignore; they are in neither list.
-        computed: names of the checkpoint that are left out, because the model computes these buffers itself.
+        computed: names of the checkpoint that are left out, because the model computes these buffers itself. torch takes
+            them for unexpected, and so do reports, but they are no error.
         unloaded: names of the model that a device map leaves on meta.
         split_ties: the first names of tied tensors for whose other names a device map says another device.
     """
@@ -167,6 +168,10 @@ class Placement:
             (self.ignored if rules.ignores_unexpected(name) else self.unexpected_keys).append(name)
         if self._is_strict:
             self._check_keys(says)
+
+    def note_computed(self, name: str) -> None:
+        """Note a name of the checkpoint that is that of a buffer which is not persistent."""
+        (self.ignored if self._rules.ignores_unexpected(name) else self.computed).append(name)
 
     def decisions(self, num_stored: int) -> list[str]:
         """Say what the rules have done to the names of the checkpoint's `num_stored` tensors."""

@@ -205,7 +205,7 @@ class Engine:
             num_passing: how many pass through a slot on their way to parameters that have storage.
             kept_bytes: of each device, how much memory it needs beside the plan's blocks.
             delivers: whether a consumer takes the blocks one by one.
-            on_fallback: told if page-locking is refused.
+            on_fallback: told if page-locking is refused, or the ranks of a host may take more memory than there is.
 
         Returns:
             The ring with the load's slots, which has to be given to `leave_ring` when the load ends. None: it needs none.
@@ -214,7 +214,8 @@ class Engine:
             MemoryBudgetError: the host, its budget or the device has too little.
         """
         for device, one in enumerate(backends):
-            self._check_room(plan.layout.bytes_on(device) + kept_bytes[device], one, delivers=delivers)
+            needed_bytes = plan.layout.bytes_on(device) + kept_bytes[device]
+            self._check_room(needed_bytes, one, delivers=delivers, on_fallback=on_fallback)
         backend = next((one for one in backends if one.pinnable), backends[0])
         if strategy in ("preload", "direct"):
             landing_bytes = sum(plan.layout.bytes_on(device) for device, one in enumerate(backends) if one.lands)
@@ -284,11 +285,25 @@ class Engine:
         self._pinning.begin(ring, segments, backend, may_shrink=False, on_fallback=on_fallback)
         return ring
 
-    def _check_room(self, blocks_bytes: int, backend: Backend, *, delivers: bool) -> None:
+    def _check_room(
+        self, blocks_bytes: int, backend: Backend, *, delivers: bool, on_fallback: Callable[[str], None]
+    ) -> None:
+        """Compare what a load makes on a device with what is free there.
+
+        Ranks share host memory, but what is free is not divided by them: ranks that have loaded already have taken
+        their part of it, and the last of four would be refused although what is left is just enough. So a rank that may
+        be one too many is told, and not refused.
+        """
         if delivers:  # a consumer takes them; only so many are there at once
             blocks_bytes = min(blocks_bytes, self.budget.limit_bytes)
         if backend.lands:
-            self._check_fits("host memory", blocks_bytes, available_bytes())
+            available, num_ranks = available_bytes(), find_ranks().local_size
+            self._check_fits("host memory", blocks_bytes, available)
+            if blocks_bytes * num_ranks > available:
+                on_fallback(
+                    f"the weights take {blocks_bytes} bytes of host memory, of which {available} are free for"
+                    f" {num_ranks} ranks: if all of them load at the same time, that is not enough"
+                )
         else:
             self._check_fits(f"memory of {backend.device}", blocks_bytes, self.free_device_bytes(backend))
 

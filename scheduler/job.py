@@ -11,6 +11,7 @@ futures resolve.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import traceback
@@ -251,12 +252,14 @@ class Job:
                 raise
             self._ledger.enter("other")
             pipeline.remember(checkpoint)
-            return make_report(
+            report = make_report(
                 *(checkpoint, prepared, pipeline, self._ledger),
                 host_peak_bytes=peak.value,
                 num_retries=self._num_retries,
                 fallbacks=self._fallbacks,
             )
+            freed = pipeline.free_staged()
+            return report if freed is None else dataclasses.replace(report, decisions=(*report.decisions, freed))
 
     def _open(self, files: Files, config: PrefetchConfig) -> tuple[Checkpoint, Source]:
         """Open a checkpoint, and the source of its bytes. On the thread of `files`, which closes both."""

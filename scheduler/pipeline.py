@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from weightstream.device.backend import Backend
@@ -32,6 +33,7 @@ from weightstream.scheduler.reading import (
     make_tuner,
 )
 from weightstream.scheduler.sinks import Prepared, Sink
+from weightstream.scheduler.strategy import ChosenStrategy
 from weightstream.scheduler.verification import Verification
 
 __all__ = ["BlockAccount", "Pipeline"]
@@ -66,6 +68,7 @@ class Pipeline:
     flow: Flow
     prefault: Prefault | None
     verification: Verification[Any] | None
+    _strategy: ChosenStrategy
     _ring: Ring | None
     _engine: Engine
     _files: Files
@@ -165,7 +168,7 @@ class Pipeline:
             flow = Flow(plan, reading, stage, ring or engine.ring, engine.clock, ledger, sink.admit, verification)
             return cls(
                 *(plan, found, tuner, blocks, stage, flow, prefault, verification),
-                *(ring, engine, files, stack.pop_all(), fall_back),
+                *(strategy, ring, engine, files, stack.pop_all(), fall_back),
             )
 
     def start(self) -> None:
@@ -212,6 +215,21 @@ class Pipeline:
     def pinned_bytes(self) -> int:
         """How much of its ring is page-locked."""
         return 0 if self._ring is None else self._ring.statistics().pinned_bytes
+
+    def free_staged(self) -> str | None:
+        """Give back what `preload` has staged, now that nothing needs it, and say what became of it; None: nothing was."""
+        ring = self._ring
+        if self._strategy != "preload" or ring is None:
+            return None
+        held_bytes = ring.statistics().num_bytes
+        process = psutil.Process()
+        before_bytes = process.memory_info().rss
+        self._engine.leave_ring(ring)  # and nothing once more, when it is closed
+        after_bytes = process.memory_info().rss
+        return (
+            f"preload: {held_bytes} bytes of slots were freed at the end; the process had {before_bytes} bytes resident"
+            f" before, and {after_bytes} after that"
+        )
 
     def close(self) -> None:
         """Give back what it holds."""

@@ -91,7 +91,8 @@ class LoadReport:
     missing_keys: tuple[str, ...]
     """As torch names them; empty where `device.strict` holds."""
     unexpected_keys: tuple[str, ...]
-    """As torch names them; empty where `device.strict` holds."""
+    """As torch names them; where `device.strict` holds, only what the model computes itself (buffers that are not
+    persistent), of which checkpoints of older versions may hold values. What is listed was not loaded."""
     verified: str
     """What the bytes of every shard that was read were compared with: "sha256 (manifest)"; "sha256 (hub)" for the names of
     blobs in the Hugging Face cache; "none" if nothing."""

@@ -49,7 +49,7 @@ def make_report(
     if own:
         told.append(f"{len(own)} modules were loaded through hooks of their own: {some(own)}")
     if computed:
-        told.append(f"left out, because the model computes it itself: {some(computed)}")
+        told.append(f"unexpected, but no error, because the model computes it itself: {some(computed)}")
     if placement.ignored:
         told.append(f"on one side alone, and ignored as the settings say: {some(placement.ignored)}")
     return LoadReport(
@@ -73,7 +73,7 @@ def make_report(
         decisions=(*checkpoint.notes, *placement.decisions(len(checkpoint.tensors)), *pipeline.decisions()),
         fallbacks=tuple(told),
         missing_keys=tuple(placement.missing_keys),
-        unexpected_keys=tuple(placement.unexpected_keys),
+        unexpected_keys=(*placement.unexpected_keys, *computed),
         unloaded_keys=tuple(placement.unloaded),
         verified="none" if verification is None else verification.describe(),
         hash_s=0.0 if verification is None else verification.hash_s,

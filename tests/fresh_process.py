@@ -13,6 +13,7 @@ import asyncio
 import gc
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -50,12 +51,13 @@ async def stream(loader: ws.Loader, path: str) -> int:
     return sum([consume(tensor) async for _, tensor in loader.stream(path)])
 
 
-async def load(how: str, loader: ws.Loader, path: str, model: nn.Module | None) -> int:
-    """Load, and return how many bytes went through."""
+async def load(how: str, loader: ws.Loader, path: str, model: nn.Module | None, said: list[str]) -> int:
+    """Load, and return how many bytes went through. `said`: gets what the report says was decided."""
     async with loader:
         if how == "stream":
             return await stream(loader, path)
         report = await (loader.warm(path) if model is None else loader.load(model, path))
+        said += report.decisions
         return report.num_bytes
 
 
@@ -71,10 +73,11 @@ def main() -> None:
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; ru_maxrss cannot be reset and lies after a fork
     before = memory_bytes("VmRSS")
+    said: list[str] = []
     if how == "iter_tensors":
         loaded = sum(consume(tensor) for _, tensor in ws.iter_tensors(path, config))
     else:
-        loaded = asyncio.run(load(how, loader, path, model))
+        loaded = asyncio.run(load(how, loader, path, model, said))
     peak = memory_bytes("VmHWM")
     after = memory_bytes("VmRSS")
     accelerator.close()
@@ -84,6 +87,9 @@ def main() -> None:
     if model is not None and device == "host":
         held = sum(parameter.nbytes for parameter in model.parameters())
     found = {"peak_bytes": peak - before, "loaded_bytes": loaded, "held_bytes": held, "after_bytes": after - before}
+    for sentence in said:
+        if sentence.startswith("preload: "):
+            found["slots_bytes"], found["resident_bytes"], found["left_bytes"] = map(int, re.findall(r"\d+", sentence))
     print(json.dumps(found))  # noqa: T201
 
 

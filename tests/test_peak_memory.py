@@ -128,6 +128,9 @@ def test_preload_holds_the_checkpoint_and_gives_it_back(tmp_path: Path, request:
     request.node.user_properties.append(("preload", sentence))
     assert num_bytes <= found["peak_bytes"] <= 256 * MIB + ALLOWANCE_BYTES, sentence
     assert found["after_bytes"] <= ALLOWANCE_BYTES, sentence
+    # And the report says so, as it was measured.
+    assert found["slots_bytes"] >= num_bytes
+    assert found["resident_bytes"] - found["left_bytes"] >= num_bytes
 
 
 def test_direct_holds_the_largest_tensor_at_most(tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -153,6 +153,25 @@ async def test_own_buffer_with_storage_is_left_alone(rig: Rig, tmp_path: Path) -
     await load(rig, tmp_path, model, random_tensors({"weight": (2, 3), "bias": (2,)}))
     assert model.table is table
     assert table.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not-strict"])
+async def test_own_buffer_that_a_checkpoint_holds_is_named_as_in_torch_and_is_no_error(
+    rig: Rig,
+    tmp_path: Path,
+    strict: bool,  # noqa: FBT001
+) -> None:
+    model = nn.Linear(3, 2, device="meta")
+    model.register_buffer("table", torch.arange(4.0), persistent=False)
+    tensors = random_tensors({"weight": (2, 3), "bias": (2,), "table": (4,)})
+    report = await load(rig, tmp_path, model, tensors, strict=strict)
+    expected = model.load_state_dict(tensors, strict=False)
+    assert report.unexpected_keys == ("table",) == tuple(expected.unexpected_keys)
+    assert "unexpected, but no error, because the model computes it itself: table" in report.fallbacks
+    assert cast("torch.Tensor", model.table).tolist() == [0, 1, 2, 3]
+    assert report.num_tensors == 2
+    report = await load(rig, tmp_path / "again", model, tensors, strict=strict, ignore_unexpected=["^table$"])
+    assert report.unexpected_keys == ()
 
 
 def pretending(model: nn.Module, **devices: str) -> nn.Module:

@@ -112,6 +112,20 @@ async def test_ranks_of_one_host_take_a_share_each(
     assert report.host_peak_bytes <= 917504
 
 
+@pytest.mark.parametrize("num_ranks", [1, 4])
+async def test_ranks_whose_weights_may_not_all_fit_are_told_and_not_refused(
+    make_rig: MakeRig, path: Path, monkeypatch: pytest.MonkeyPatch, num_ranks: int
+) -> None:
+    """They may not load at the same time, and those that have loaded have taken their part of what is free."""
+    monkeypatch.setattr(engine, "available_bytes", lambda: 4 * 2**20)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_ranks))
+    async with make_rig("host").loader() as loader:
+        report = await loader.load(on_meta(), path)
+    told = [fallback for fallback in report.fallbacks if "if all of them load at the same time" in fallback]
+    assert len(told) == (num_ranks > 1)
+    assert all("4194304 are free for 4 ranks" in fallback for fallback in told)
+
+
 async def test_less_than_a_slot_of_the_ring_may_be_enough_for_auto(
     make_rig: MakeRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

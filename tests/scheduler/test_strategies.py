@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,13 @@ async def test_preload_holds_the_checkpoint_and_frees_it_at_the_end(
         else:
             report = await handle.wait()
             assert total < report.host_peak_bytes < total + 10 * (MARGIN + 64 * KIB)
+            freed = [decision for decision in report.decisions if decision.startswith("preload: ")]
+            assert re.fullmatch(
+                r"preload: (\d+) bytes of slots were freed at the end; the process had \d+ bytes resident before,"
+                r" and \d+ after that",
+                freed[0],
+            )
+            assert report.pinned_bytes == int(freed[0].split()[1]) >= total
         assert (rig.ring.num_slots, rig.ring.num_bytes) == (0, 0)
         assert rig.accelerator.num_pins == rig.accelerator.num_unpins
         streamed = await loader.warm(path)  # another ring, of the loader's own
