@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from tests.drawing.colors import pixels_like
 from tests.drawing.timelines import MIB, timeline_of
@@ -35,6 +36,31 @@ def test_picture_has_every_kind(tmp_path: Path, num_chunks: int) -> None:
     assert picture.stat().st_size < 300_000
     for kind in ("read", "wait", "copy", "bind") if num_chunks else ("preflight",):
         assert pixels_like(picture, kind) > 0.012, kind
+
+
+def test_nothing_is_drawn_of_rates_where_nothing_was_read_or_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with mapped files."""
+    whole = timeline_of(50)
+    mapped = dataclasses.replace(
+        whole, num_bytes=0, spans=tuple(span for span in whole.spans if span.kind in ("preflight", "bind"))
+    )
+    drawn: list[int] = []
+    save = Figure.savefig
+
+    def count_and_save(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        drawn.append(len(figure.axes))
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", count_and_save)
+    for timeline in (whole, mapped):
+        save_timeline(timeline, tmp_path / "load.png")
+        save_timeline(timeline, tmp_path / "load.html")
+        page = (tmp_path / "load.html").read_text()
+        assert page.count('"GB/s"') + page.count('"MB/s"') == (timeline is whole)
+        assert page.count("seconds since the load began") == 1
+    assert drawn == [3, 2]
 
 
 def test_trace_is_what_its_viewers_expect(tmp_path: Path) -> None:

@@ -69,7 +69,12 @@ def page(timeline: Timeline) -> str:
     title, subtitle = heading(timeline)
     chart = Chart.of(timeline)
     span_x = Range1d(start=0, end=timeline.wall_s or 1.0, bounds=(0, timeline.wall_s or 1.0))
-    panels = [_phases(timeline, span_x), _lanes(chart, span_x), _rates(timeline, span_x)]
+    series = throughput(timeline)
+    panels = [_phases(timeline, span_x), _lanes(chart, span_x)]
+    if series:  # else nothing was read or copied
+        panels.append(_rates(timeline, series, span_x))
+    panels[-1].xaxis.visible = True
+    panels[-1].xaxis.axis_label = _SECONDS
     script, div = components(column(*panels, sizing_mode="stretch_width"))
     keys = [
         f'<span class="key" style="background:{color}"></span>{label}' for color, label in labels_of(timeline).items()
@@ -168,12 +173,11 @@ def _columns(bars: list[Bar], files: list[str]) -> dict[str, Any]:
     }
 
 
-def _rates(timeline: Timeline, span_x: Range1d) -> figure:
-    series = throughput(timeline)
-    most_per_s = max((max(bytes_per_s) for bytes_per_s in series.values()), default=0.0)
+def _rates(timeline: Timeline, series: dict[str, list[float]], span_x: Range1d) -> figure:
+    most_per_s = max(max(bytes_per_s) for bytes_per_s in series.values())
     unit, unit_per_s = rate_unit(most_per_s)
     span_y = Range1d(start=0, end=HEADROOM * most_per_s / unit_per_s or 1.0)
-    panel = _panel(_RATES_PX, span_x, y_range=span_y, x_axis_label=_SECONDS, y_axis_label=unit)
+    panel = _panel(_RATES_PX, span_x, y_range=span_y, y_axis_label=unit)
     panel.ygrid.visible = True
     colors = {"disk": COLORS["read"], "bus": COLORS["copy"]}
     width_s = timeline.wall_s / NUM_BINS
@@ -184,16 +188,15 @@ def _rates(timeline: Timeline, span_x: Range1d) -> figure:
     lines = [
         panel.line("x", name, color=colors[name], line_width=2, legend_label=name, source=source) for name in series
     ]
-    if lines:  # one of them tells about all: two tooltips would cover each other
-        tooltips = "<br>".join(f"{name}: @{name}{{0.00}} {unit}" for name in series)
-        panel.add_tools(HoverTool(renderers=[lines[0]], mode="vline", line_policy="none", tooltips=tooltips))
-    if panel.legend:
-        panel.legend.orientation = "horizontal"
-        panel.legend.background_fill_alpha = 0
-        panel.legend.location = "top_right"
-        panel.legend.spacing = 14
-        panel.legend.margin = 2
-        panel.legend.border_line_color = None
+    # One of them tells about all: two tooltips would cover each other.
+    tooltips = "<br>".join(f"{name}: @{name}{{0.00}} {unit}" for name in series)
+    panel.add_tools(HoverTool(renderers=[lines[0]], mode="vline", line_policy="none", tooltips=tooltips))
+    panel.legend.orientation = "horizontal"
+    panel.legend.background_fill_alpha = 0
+    panel.legend.location = "top_right"
+    panel.legend.spacing = 14
+    panel.legend.margin = 2
+    panel.legend.border_line_color = None
     return panel
 
 

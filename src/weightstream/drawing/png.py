@@ -23,27 +23,33 @@ __all__ = ["picture"]
 _WIDTH_IN, _DPI = 10.5, 120
 #: Heights in inches: of one lane, the phases, the throughput, and everything around.
 _LANE_IN, _PHASES_IN, _RATES_IN, _AROUND_IN = 0.26, 0.28, 1.1, 1.35
+#: One pixel wide: of less, what is shorter than a pixel would get a paler colour than what is longer.
+_BORDER_PT = 72 / _DPI
 
 
 def picture(timeline: Timeline) -> bytes:
     """Return a PNG file."""
     chart = Chart.of(timeline)
+    series = throughput(timeline)
     lanes_in = max(1.0, _LANE_IN * chart.height)
+    heights = [_PHASES_IN, lanes_in, *([_RATES_IN] if series else [])]
     figure = Figure(
-        figsize=(_WIDTH_IN, _AROUND_IN + _PHASES_IN + lanes_in + _RATES_IN),
+        figsize=(_WIDTH_IN, _AROUND_IN + sum(heights)),
         dpi=_DPI,
         layout=ConstrainedLayoutEngine(h_pad=0.07),
     )
-    phases, lanes, rates = figure.subplots(
-        3, 1, sharex=True, gridspec_kw={"height_ratios": [_PHASES_IN, lanes_in, _RATES_IN]}
-    )
+    phases, lanes, *rates = figure.subplots(len(heights), 1, sharex=True, gridspec_kw={"height_ratios": heights})
     title, subtitle = heading(timeline)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     phases.set_title(subtitle, loc="left", fontsize=9, color="#444444")
     _draw_phases(phases, timeline)
     _draw_lanes(lanes, chart)
-    _draw_rates(rates, timeline)
-    rates.set_xlim(0, timeline.wall_s or 1.0)
+    for axes in rates:  # none where nothing was read or copied
+        _draw_rates(axes, timeline, series)
+    lowest = figure.axes[-1]
+    lowest.set_xlim(0, timeline.wall_s or 1.0)
+    lowest.tick_params(bottom=True)
+    lowest.set_xlabel("seconds since the load began", fontsize=9)
     patches = [Patch(color=color, label=label) for color, label in labels_of(timeline).items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=max(1, len(patches)), fontsize=9, frameon=False)
     file = io.BytesIO()
@@ -71,17 +77,16 @@ def _draw_lanes(axes: Axes, chart: Chart) -> None:
             if bar.span.kind == kind
         ]
         axes.add_collection(
-            PolyCollection(boxes, facecolors=(COLORS[kind], FILL_ALPHA), edgecolors=COLORS[kind], linewidths=0.3)
+            PolyCollection(boxes, facecolors=(COLORS[kind], FILL_ALPHA), edgecolors=COLORS[kind], linewidths=_BORDER_PT)
         )
     axes.set_ylim(0, max(chart.height, 1.0))
     axes.set_yticks([middle for _, middle in chart.lanes], [lane for lane, _ in chart.lanes], fontsize=9)
     axes.tick_params(left=False, bottom=False)
 
 
-def _draw_rates(axes: Axes, timeline: Timeline) -> None:
+def _draw_rates(axes: Axes, timeline: Timeline, series: dict[str, list[float]]) -> None:
     colors = {"disk": COLORS["read"], "bus": COLORS["copy"]}
-    series = throughput(timeline)
-    most_per_s = max((max(bytes_per_s) for bytes_per_s in series.values()), default=0.0)
+    most_per_s = max(max(bytes_per_s) for bytes_per_s in series.values())
     for name, bytes_per_s in series.items():
         width_s = timeline.wall_s / len(bytes_per_s)
         edges = [number * width_s for number in range(len(bytes_per_s) + 1)]
@@ -89,7 +94,5 @@ def _draw_rates(axes: Axes, timeline: Timeline) -> None:
     axes.set_ylim(0, HEADROOM * most_per_s or 1.0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: format_rate(rate)))
     axes.tick_params(labelsize=9)
-    axes.set_xlabel("seconds since the load began", fontsize=9)
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    if axes.patches:
-        axes.legend(loc="upper right", fontsize=9, frameon=False, ncols=2)
+    axes.legend(loc="upper right", fontsize=9, frameon=False, ncols=2)
