@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -109,6 +109,32 @@ async def test_failed_read_leaves_everything_as_it_was_with_every_strategy(
             await loader.load(model, path)
     assert_loaded(model, tensors)
     assert not isinstance(caught.value, ws.WeightstreamError)
+
+
+@pytest.mark.parametrize("begins", ["meta", "cpu"])
+@pytest.mark.parametrize("kind", ["batch-norm", "hooks"])
+async def test_direct_holds_what_modules_load_themselves_beside_its_slot(
+    make_rig: MakeRig, tmp_path: Path, kind: str, begins: str
+) -> None:
+    """All of it until the end where it has storage already; on meta it is what the model keeps."""
+    modules: list[nn.Module] = []
+    for _ in range(4):
+        modules.append(nn.Linear(64, 64, bias=False, device=begins))
+        if kind == "hooks":
+            cast("Any", modules[-1]).register_load_state_dict_pre_hook(lambda *_: None)
+        else:
+            modules.append(nn.BatchNorm1d(64, device=begins))
+    model = nn.Sequential(*modules)
+    tensors = tensors_of(model)
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    own = [name for name in sizes if kind == "hooks" or isinstance(modules[int(name[0])], nn.BatchNorm1d)]
+    slot_bytes = 0 if kind == "hooks" else 64 * 64 * 4  # what is staged is read to where it is staged
+    expected = sum(sizes.values()) if begins == "meta" else slot_bytes + sum(sizes[name] for name in own)
+    rig, path = make_rig("host"), write_in_order(tmp_path, tensors)
+    async with rig.loader(strategy="direct") as loader:
+        report = await loader.load(model, path)
+    assert_loaded(model, tensors)
+    assert expected <= report.host_peak_bytes <= expected + 256 * len(tensors)  # each begins on a boundary
 
 
 async def test_preload_changes_nothing_before_the_last_byte_is_there(
