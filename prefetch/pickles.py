@@ -82,6 +82,9 @@ _STORAGES = {
     "QInt32": "qint32",
 }
 
+#: Kinds of devices that every torch knows by name, whether or not there is one.
+_DEVICES = frozenset({"cpu", "cuda", "meta", "mps", "xpu", "hpu", "mtia"})
+
 #: Stands for the dtype of a storage of bytes, of which every tensor says its own.
 _UNTYPED = "untyped"
 
@@ -175,6 +178,8 @@ class _Tensors:
         self._behind = (None,) if is_old else ()
         self._checked: dict[int, tuple[int, ...]] = {}
         self._num_inside = 0
+        self._num_attributes = 0
+        self._encoded: dict[int, str] = {}
 
     def name(self, text: str) -> object:
         found = _NAMES.get(text)
@@ -251,11 +256,14 @@ class _Tensors:
         if len(given) != count or not isinstance(given[0], PickledTensor):
             raise MalformedError("a parameter without a tensor")
         _check_gradient(given[0].dtype, given[1], given[2])
+        if count == 4:
+            self._check_state(given[3])
         return given[0]
 
     def from_type(self, given: tuple[object, ...]) -> object:
         """Take the tensor itself: how it is made stands beside its class, and attributes that are of no interest."""
-        inner, kind, rest, _ = given if len(given) == 4 else (None, None, None, None)
+        inner, kind, rest, state = given if len(given) == 4 else (None, None, None, None)
+        self._check_state(state)
         if kind is not _PLAIN_CLASS:
             raise MalformedError("a tensor of a class that is unknown")
         if self._num_inside == _MOST_INSIDE:
@@ -266,19 +274,49 @@ class _Tensors:
         return tensor
 
     def ordered_dict(self, given: tuple[object, ...]) -> object:
-        return OPAQUE if given else OrderedDict[object, object]()
+        """Make an empty one, which is how torch begins them."""
+        if given:
+            raise MalformedError("an OrderedDict that is not empty from the beginning")
+        return OrderedDict[object, object]()
 
     def size(self, given: tuple[object, ...]) -> object:
-        return given[0] if len(given) == 1 else OPAQUE
+        if len(given) != 1:
+            raise MalformedError("a torch.Size without sizes")
+        return self._sizes(given[0])
+
+    def device(self, given: tuple[object, ...]) -> object:
+        kind, index = (*given, 0) if len(given) == 1 else given if len(given) == 2 else (None, 0)
+        if not isinstance(kind, str) or kind not in _DEVICES or not 0 <= _whole(index) < 128:
+            raise MalformedError("a device that torch may not know")
+        return OPAQUE
 
     def encode(self, given: tuple[object, ...]) -> object:
         """Take bytes, which protocol 2 writes as a call; they are made where somebody asks for them."""
-        if len(given) == 2 and isinstance(given[0], str) and given[1] == "latin1":
-            return PickledBytes(given[0])
-        return OPAQUE
+        text, encoding = given if len(given) == 2 else (None, None)
+        if not isinstance(text, str) or encoding != "latin1":
+            raise MalformedError("bytes that are none")
+        if not text.isascii() and id(text) not in self._encoded:  # once for each string: it may be there many times
+            try:
+                text.encode("latin1")
+            except UnicodeEncodeError as exc:
+                raise MalformedError("bytes that are none") from exc
+            self._encoded[id(text)] = text  # which keeps it, and its id with it
+        return PickledBytes(text)
 
-    def nothing(self, given: tuple[object, ...]) -> object:
-        return OPAQUE
+    def _check_state(self, state: object) -> None:
+        """Check the attributes of a tensor, none of which is needed: a dict of them, and one for those in slots."""
+        parts = cast("tuple[object, ...]", state) if isinstance(state, tuple) else (state, None)
+        if len(parts) != 2:
+            raise MalformedError("attributes that are none")
+        for part in parts:
+            if part is None:
+                continue
+            if not isinstance(part, dict):
+                raise MalformedError("attributes that are none")
+            names = cast("dict[object, object]", part)
+            self._num_attributes += len(names)
+            if self._num_attributes > MAX_OPCODES or not all(type(name) is str for name in names):
+                raise MalformedError("attributes without a name, or too many")
 
     def _sizes(self, value: object) -> tuple[int, ...]:
         """Check sizes, once for each tuple: it may be the shape of every tensor."""
@@ -347,6 +385,6 @@ _NAMES: dict[str, object] = {
     "torch._tensor._rebuild_from_type_v2": _Function(_Tensors.from_type),
     "collections.OrderedDict": _Function(_Tensors.ordered_dict),
     "torch.Size": _Function(_Tensors.size),
-    "torch.device": _Function(_Tensors.nothing),
+    "torch.device": _Function(_Tensors.device),
     "_codecs.encode": _Function(_Tensors.encode),
 }

@@ -242,6 +242,53 @@ def tensor_pickle(
     )  # fmt: skip
 
 
+def beside(called: bytes, arguments: bytes) -> bytes:
+    """The same, with the result of a call beside the tensor: under a name of its own."""
+    return tensor_pickle()[:-1] + b"X\1\0\0\0bc" + called + b"\n" + arguments + b"Rs."
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("called", "arguments"),
+    [
+        pytest.param(b"torch\nSize", b"K\2K\3\x86\x85", id="sizes"),
+        pytest.param(b"torch\ndevice", b"X\4\0\0\0cudaK\1\x86", id="device"),
+        pytest.param(b"torch\ndevice", b"X\3\0\0\0cpu\x85", id="device without a number"),
+        pytest.param(b"collections\nOrderedDict", b")", id="OrderedDict"),
+        pytest.param(b"_codecs\nencode", b"X\2\0\0\0\xc3\xbfX\6\0\0\0latin1\x86", id="bytes"),
+    ],
+)
+def test_what_lies_beside_tensors_is_left_out(tmp_path: Path, called: bytes, arguments: bytes) -> None:
+    path = with_pickle(tmp_path / "a.pt", beside(called, arguments))
+    assert tensors_in(path).keys() == {"a"}
+    assert torch.load(path, weights_only=True).keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("called", "arguments"),
+    [
+        pytest.param(b"torch\nSize", b"K\2\x85", id="size of a number"),
+        pytest.param(b"torch\nSize", b"X\1\0\0\0a\x85\x85", id="size of strings"),
+        pytest.param(b"torch\nSize", b"K\2\x85K\2\x85\x86", id="two sizes"),
+        pytest.param(b"torch\ndevice", b"X\4\0\0\0tape\x85", id="unknown device"),
+        pytest.param(b"torch\ndevice", b")", id="no device"),
+        pytest.param(b"collections\nOrderedDict", b"K\2\x85", id="OrderedDict of a number"),
+        pytest.param(b"_codecs\nencode", b"X\3\0\0\0\xe2\x82\xacX\6\0\0\0latin1\x86", id="no bytes"),
+        pytest.param(b"_codecs\nencode", b"K\2X\6\0\0\0latin1\x86", id="encoded number"),
+        pytest.param(
+            b"torch._utils\n_rebuild_parameter_with_state", b"(h\0\x88ccollections\nOrderedDict\n)RK\5t", id="state"
+        ),
+    ],
+)
+def test_what_torch_could_not_make_is_refused(tmp_path: Path, called: bytes, arguments: bytes) -> None:
+    pickled = beside(called, arguments).replace(b"NtRs", b"NtRq\0s", 1)
+    path = with_pickle(tmp_path / "a.pt", pickled)
+    with pytest.raises(Exception):  # noqa: B017 (of many classes)
+        torch.load(path, weights_only=True)
+    with pytest.raises(HeaderError, match="the pickle is not valid"):
+        open_checkpoint(path)
+
+
 def test_the_pickle_of_these_tests_is_a_good_one(tmp_path: Path) -> None:
     path = with_pickle(tmp_path / "a.pt", tensor_pickle())
     assert_same(tensors_in(path)["a"], torch.zeros(4))
