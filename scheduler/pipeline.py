@@ -187,9 +187,9 @@ class Pipeline:
 
         def come_back() -> None:
             """Give back what a read that was given up has kept beside its slot."""
-            logger.info("a read that was given up has returned: its memory, its thread and its files are free again")
             readers.come_back()
             files.keep_open(-1)
+            logger.info("a read that was given up has returned: its memory, its thread and its files are free again")
 
         stuck = self.flow.drain(GRACE_S, on_return=come_back)
         if stuck:
@@ -254,7 +254,8 @@ class BlockAccount:
     """Enters a load's blocks on one device into the host's account, or adds them up for the device.
 
     Blocks in host memory that parameters take stay entered until the load ends. Those for a consumer are none of it: the
-    sink enters them, until they are delivered.
+    sink enters them, until they are delivered. `change` is called by readers and by the load's thread, one at a time: the
+    stage holds its lock meanwhile. `close` comes after all of them.
     """
 
     def __init__(self, engine: Engine, backend: Backend, *, delivered: bool) -> None:

@@ -132,6 +132,8 @@ def test_process_that_is_alone_says_nothing_of_ranks(
         logger.info("%d things", 3, extra={"more": 1})
     (record,) = caplog.records
     assert record.getMessage() == "3 things"
+    assert record.pathname == __file__
+    assert record.funcName == "test_process_that_is_alone_says_nothing_of_ranks"
     assert vars(record).items() >= {"rank": 0, "world_size": 1, "more": 1}.items()
 
 

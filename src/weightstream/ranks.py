@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,19 @@ class _RankedLogger(logging.LoggerAdapter[logging.Logger]):
 
     An adapter, because a filter on the package's logger would not see the records of the loggers below it, and one on
     handlers would have to be put on those of the host application.
+
+    What a handler raises is shown as `logging.Handler.handleError` shows it, and goes no further: lines are written while
+    slots, threads and memory are on their way back, on threads that nobody waits for, and all of that must go on.
     """
+
+    def log(self, level: int, msg: object, *args: object, stacklevel: int = 1, **kwargs: Any) -> None:  # noqa: ANN401
+        try:
+            super().log(
+                level, msg, *args, stacklevel=stacklevel + 1, **kwargs
+            )  # the line is the caller's, not this one
+        except Exception:  # noqa: BLE001 (see the class)
+            if logging.raiseExceptions:
+                traceback.print_exc()
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:  # noqa: ANN401 (as the base has it)
         ranks = find_ranks()

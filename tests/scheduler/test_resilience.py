@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ from tests.fakes.accelerator import FakeAccelerator
 from tests.fakes.clock import VirtualClock
 from tests.fakes.rig import Rig
 from weightstream.api import Loader
+from weightstream.errors import LoadTimeoutError
 from weightstream.prefetch.readers import Thread
 from weightstream.scheduler import pinning
 from weightstream.scheduler.clock import SystemClock
@@ -30,6 +31,8 @@ from weightstream.scheduler.engine import Machine
 from weightstream.scheduler.loader import Loader as SchedulerLoader
 
 MIB = 2**20
+
+MakeRig = Callable[..., Rig]
 
 
 @pytest.fixture
@@ -155,28 +158,67 @@ async def test_ring_is_page_locked_without_a_thread_of_its_own_where_none_can_be
     assert report.pinned_bytes > 0
 
 
-@pytest.mark.parametrize("strategy", ["stream", "map"])
-def test_log_that_cannot_be_written_leaves_nobody_waiting(path: Path, strategy: str) -> None:
-    """What a handler raises goes to whoever waits while the load runs, and to nobody once it is over."""
+class Broken(logging.Handler):
+    """A handler of the program's log that raises, whatever it is given."""
 
-    class Broken(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            raise ValueError("the disk is full")
+    def emit(self, record: logging.LogRecord) -> None:
+        raise ValueError("the disk is full")
 
-    logger, handler = logging.getLogger("weightstream"), Broken(logging.INFO)
+
+@pytest.fixture(name="broken_log")
+def fixture_broken_log() -> Generator[None, None, None]:
+    logger, handler = logging.getLogger("weightstream"), Broken()
     before = logger.level
-    told: list[object] = []
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    hook, threading.excepthook = threading.excepthook, told.append
-    try:
+    logger.setLevel(logging.DEBUG)
+    yield
+    logger.setLevel(before)
+    logger.removeHandler(handler)
+
+
+@pytest.mark.usefixtures("broken_log")
+class TestLogThatCannotBeWritten:
+    """Lines are written while things are on their way back, and all of them come back."""
+
+    @pytest.mark.parametrize("strategy", ["stream", "map"])
+    def test_loads_go_on(self, path: Path, strategy: str, capfd: pytest.CaptureFixture[str]) -> None:
         settings = config().model_copy(update={"strategy": strategy})
-        assert ws.load_sync(model_of(path, device="meta"), path, config=settings).num_tensors == 8
-        assert len(told) == 1
-    finally:
-        threading.excepthook = hook
-        logger.setLevel(before)
-        logger.removeHandler(handler)
+        with leaves_nothing():
+            assert ws.load_sync(model_of(path, device="meta"), path, config=settings).num_tensors == 8
+        assert "the disk is full" in capfd.readouterr().err
+
+    async def test_slots_are_locked_or_settled_where_page_locking_is_refused(self, path: Path) -> None:
+        """Who waits for a slot to settle would wait for ever."""
+        device = FakeAccelerator(refuses_pinning=True)
+        async with Loader(config(), machine=Machine(open_backend=lambda _: device)) as loader:
+            for _ in range(2):  # the second finds that it was refused before
+                report = await loader.load(model_of(path, device="meta"), path)
+                assert report.pinned_bytes == 0
+                assert any("page-locking" in one for one in report.fallbacks)
+            engine = loader._engine
+            assert engine is not None
+            engine.make_room(engine.budget.limit_bytes)
+            assert engine.ring.statistics().num_slots == 0  # nobody is said to use it any more
+        device.close()
+
+    @pytest.mark.parametrize("is_cached", [True, False], ids=["into parameters", "into slots"])
+    async def test_read_that_was_given_up_comes_back(self, make_rig: MakeRig, path: Path, *, is_cached: bool) -> None:
+        rig = make_rig("host")
+        rig.disk.is_cached = is_cached
+        gate = rig.disk.stop_at(0, is_stuck=True)
+        with leaves_nothing():
+            async with rig.loader(workers=1, num_slots=2, stall_s=7.0, strategy="stream") as loader:
+                with pytest.raises(LoadTimeoutError, match="a read does not return") as caught:
+                    await loader.load(model_of(path, device="cpu"), path)
+                assert bool(caught.value.partly_written) == is_cached
+                engine = loader._engine
+                assert engine is not None
+                rig.disk.closed.clear()
+                gate.open()
+                assert rig.disk.closed.wait(30)
+                assert engine.stragglers.wait(30) == 0
+                assert rig.ring.num_free == rig.ring.num_slots
+                await loader.load(model_of(path, device="cpu"), path)
 
 
 class Pageable(FakeAccelerator):
