@@ -37,7 +37,8 @@ class Destination(NamedTuple):
     Attributes:
         backend: its driver.
         stream: the user's current stream there when the load was asked for.
-        on_block: told the size of every block that is made there (positive) and let go (negative).
+        on_block: told the size of every block that is made there (positive) and let go (negative), by any thread, but one
+            at a time: with the stage's lock held.
     """
 
     backend: Backend
@@ -279,10 +280,10 @@ class DeviceStage:
 
     def _drop(self, index: int) -> None:
         with self._lock:
-            block = self._blocks.pop(index, None)
+            block = self._blocks.pop(index, None)  # its memory goes when this returns, without the lock
             self._views.pop(index, None)
-        if block is not None and index >= self._layout.num_given:
-            self._destinations[self._layout.device_of[index]].on_block(-self._layout.blocks[index])
+            if block is not None and index >= self._layout.num_given:
+                self._destinations[self._layout.device_of[index]].on_block(-self._layout.blocks[index])
 
 
 def _storage_of(place: Place) -> torch.Tensor:

@@ -201,3 +201,19 @@ def test_nowhere_takes_everything_and_keeps_nothing() -> None:
     transfer = layout.transfer(0, 2, 0, SMALL.nbytes + LARGE.nbytes)
     assert stage.submit(transfer, memoryview(allocate(1 << 16)), None) is None
     assert stage.take([1])[0].is_meta
+
+
+def test_blocks_are_counted_one_at_a_time() -> None:
+    """By readers and by the load's thread: who counts them needs no lock."""
+    weight = torch.ones(2 * OWN, dtype=torch.uint8)
+    layout = Layout([place(weight)], lands=[True], own_bytes=OWN, block_bytes=1 << 16)
+    was_locked: list[tuple[int, bool]] = []
+
+    def count(num_bytes: int) -> None:
+        was_locked.append((num_bytes, stage._lock.locked()))
+
+    stage = DeviceStage([Destination(HostBackend(Arena().allocate), None, count)], layout)
+    stage.buffers(layout.transfer(0, 1, 0, weight.nbytes), None, 0, weight.nbytes)
+    stage.take([0])
+    stage.close()
+    assert was_locked == [(2 * OWN, True), (-2 * OWN, True)]
