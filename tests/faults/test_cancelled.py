@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import weightstream as ws
-from tests.builders import assert_same, leaves_nothing, open_files, write_in_order
+from tests.builders import assert_same, bytes_of, leaves_nothing, open_files, write_in_order
 from tests.fakes.accelerator import FakeAccelerator
 from tests.fakes.ring import PoisonedRing
 from tests.models import SmallNet, tensors_of
 from weightstream.api import Loader
+from weightstream.errors import LoadCancelledError
 from weightstream.scheduler.engine import Engine, Machine, open_backend
 from weightstream.scheduler.handle import in_own_thread, settle
 
@@ -64,6 +65,31 @@ async def cancel_task(loader: Loader, path: Path, delay_s: float) -> None:
     assert_loaded(model)  # all of it: it had just come to its end
 
 
+async def cancel_in_place(loader: Loader, path: Path, delay_s: float) -> None:
+    """Into parameters that have storage: what was changed is named, and nothing is changed any more afterwards."""
+    model = SmallNet()
+    before = contents(model)
+    handle = await loader.start(model, path)
+    await asyncio.sleep(delay_s)
+    await handle.cancel()
+    after = contents(model)
+    engine = loader._engine
+    assert engine is not None
+    await until_back(engine)
+    assert contents(model) == after
+    try:
+        await handle.wait()
+    except LoadCancelledError as error:
+        named = set(error.partly_written)
+        assert {name for name in before if after[name] != before[name]} <= named
+    else:
+        assert_loaded(model)
+
+
+def contents(model: SmallNet) -> dict[str, bytes]:
+    return {name: bytes_of(tensor) for name, tensor in model.state_dict().items()}
+
+
 async def leave_stream(loader: Loader, path: Path, delay_s: float) -> None:
     async with loader.stream(path) as stream:
         async with asyncio.timeout(delay_s):
@@ -106,7 +132,7 @@ async def cancel_many(machine: Machine, path: Path, choose: random.Random, count
         num_cut = 0
         for left in range(count, 0, -1):
             ways = choose.choices(
-                [cancel_task, cancel_handle, leave_stream, cancel_warming], k=choose.choice([1, 1, 2])
+                [cancel_task, cancel_handle, cancel_in_place, leave_stream, cancel_warming], k=choose.choice([1, 1, 2])
             )
             delays_s = [choose.uniform(0, 1.2 * usual_s) for _ in ways]
             done = await asyncio.gather(

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import gc
 import logging
+import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.builders import assert_same, bytes_of, write_in_order
+from tests.builders import assert_same, bytes_of, flip, leaves_nothing, write_in_order, write_sums
 from tests.fakes.rig import KIB, Rig
 from tests.models import SmallNet, tensors_of
-from weightstream.errors import LoadCancelledError, LoadTimeoutError
+from weightstream.errors import IntegrityError, LoadCancelledError, LoadTimeoutError, ReadError
 from weightstream.prefetch.filesystem import FileSystem
 from weightstream.scheduler import reading
 from weightstream.scheduler.handle import LoadHandle
@@ -227,3 +231,149 @@ async def test_what_is_in_a_slot_is_not_copied_once_the_load_is_stopped(make_rig
             await handle.wait()
     assert contents(model) == before
     assert caught.value.partly_written == ()
+
+
+# What goes wrong while the model's own memory is read into
+
+
+@pytest.fixture(name="cached")
+def fixture_cached(make_rig: MakeRig) -> Rig:
+    rig = make_rig("host")
+    rig.disk.is_cached = True
+    return rig
+
+
+async def test_short_and_failing_reads_go_on_where_they_stopped(
+    cached: Rig, saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv, numbers = os.preadv, iter(range(10**6))
+
+    def poor(fd: int, buffers: list[memoryview], position: int) -> int:
+        number = next(numbers)
+        if number in (2, 5):
+            raise OSError(errno.EIO, "broken for a moment")
+        first = next(buffer for buffer in buffers if len(buffer))
+        return preadv(fd, [first[: max(1, len(first) // 3)]], position)
+
+    monkeypatch.setattr(os, "preadv", poor)
+    model = SmallNet()
+    async with cached.loader(workers=1, strategy="stream") as loader:
+        report = await loader.load(model, saved[1])
+    assert_loaded(model, saved[0])
+    assert report.num_retries == 2
+    assert cached.ring.num_slots == 0
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 1.0], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("fault", ["read fails", "file shrinks", "file is rewritten"])
+async def test_what_was_written_before_a_fault_is_named_and_the_next_load_works(
+    cached: Rig, saved: Saved, fault: str, part: float
+) -> None:
+    tensors, path = saved
+    await load(cached, SmallNet(), path, num_slots=0)
+    count = cached.disk.num_begun
+    gate = cached.disk.stop_at(count + int(part * (count - 1)))
+    model = SmallNet()
+    before = contents(model)
+    files = {file: file.read_bytes() for file in path.glob("*.safetensors")}
+    async with cached.loader(workers=1) as loader:
+        handle = await loader.start(model, path)
+        gate.wait_reached()
+        if fault == "read fails":
+            cached.disk.fail_at(count + int(part * (count - 1)), ReadError("gone"))
+        for file, raw in files.items():
+            if fault == "file shrinks":
+                os.truncate(file, len(raw) // 2)
+            if fault == "file is rewritten":
+                file.write_bytes(bytes(len(raw)))
+                os.utime(file, ns=(0, 0))
+        gate.open()
+        with pytest.raises((ReadError, IntegrityError)) as caught:
+            await handle.wait()
+        changed = {name for name, raw in contents(model).items() if raw != before[name]}
+        assert changed <= set(caught.value.partly_written)
+        assert part == 0.0 or changed
+        for file, raw in files.items():
+            file.write_bytes(raw)
+        await loader.load(model, path)
+    assert_loaded(model, tensors)
+
+
+async def test_wrong_digest_is_seen_in_the_memory_of_the_parameters(cached: Rig, saved: Saved) -> None:
+    """They are hashed where they are: there are no slots."""
+    tensors, path = saved
+    write_sums(path)
+    model = SmallNet()
+    async with cached.loader(workers=1, verify="sha256", strategy="stream") as loader:
+        report = await loader.load(model, path)
+        assert_loaded(model, tensors)
+        assert report.verified == "sha256 (manifest)"
+        last = max(path.glob("*.safetensors"))
+        flip(last, last.stat().st_size - 1)
+        model = SmallNet()
+        before = contents(model)
+        with pytest.raises(IntegrityError, match="SHA-256") as caught:
+            await loader.load(model, path)
+        assert cached.ring.num_slots == 0
+    changed = {name for name, raw in contents(model).items() if raw != before[name]}
+    assert changed
+    assert changed <= set(caught.value.partly_written)
+
+
+async def test_atomic_load_reads_nothing_into_parameters(cached: Rig, saved: Saved) -> None:
+    tensors, path = saved
+    gate = cached.disk.stop_at(1)
+    model = SmallNet()
+    before = contents(model)
+    async with cached.loader(workers=1, commit="atomic", strategy="stream") as loader:
+        handle = await loader.start(model, path)
+        gate.wait_reached()
+        assert contents(model) == before
+        await asyncio.gather(handle.cancel(), asyncio.to_thread(gate.open))
+        with pytest.raises(LoadCancelledError) as caught:
+            await handle.wait()
+        assert caught.value.partly_written == ()
+        assert contents(model) == before
+        await loader.load(model, path)
+    assert_loaded(model, tensors)
+
+
+class Memory(bytearray):
+    """Memory of a parameter that says when it goes."""
+
+
+async def test_memory_lives_until_a_read_that_was_given_up_returns(cached: Rig, tmp_path: Path) -> None:
+    """Whatever becomes of the model: the kernel still writes to it."""
+    tensors = {"a": torch.arange(1024.0)}
+    path = write_in_order(tmp_path / "c", tensors)
+    memory = Memory(4096)
+    gone = weakref.ref(memory)
+    model = torch.nn.ParameterDict({"a": torch.nn.Parameter(torch.frombuffer(memory, dtype=torch.float32))})
+    del memory
+    gate = cached.disk.stop_at(0, is_stuck=True)
+    with leaves_nothing():
+        async with cached.loader(workers=1, stall_s=7.0) as loader:
+            with pytest.raises(LoadTimeoutError) as caught:
+                await loader.load(model, path)
+            assert caught.value.partly_written == ("a",)
+            del model, caught
+            gc.collect()
+            found = gone()
+            assert found is not None
+            view = memoryview(found)
+            assert bytes(view) == bytes(4096)
+            cached.disk.closed.clear()
+            gate.open()
+            assert cached.disk.closed.wait(30)
+            assert bytes(view) == bytes_of(tensors["a"])  # it did write
+            del view, found
+    gc.collect()
+    assert gone() is None
+
+
+async def test_model_made_for_inference_alone_is_loaded(cached: Rig, saved: Saved) -> None:
+    """Its tensors have no versions to count."""
+    with torch.inference_mode():
+        model = SmallNet()
+    await load(cached, model, saved[1], num_slots=0)
+    assert_loaded(model, saved[0])
