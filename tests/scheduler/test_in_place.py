@@ -67,35 +67,25 @@ async def test_what_is_in_the_page_cache_needs_no_slot_and_no_copy(make_rig: Mak
 
 
 @pytest.mark.parametrize("io", ["buffered", "direct"])
-async def test_what_comes_from_a_disk_passes_through_a_slot(make_rig: MakeRig, saved: Saved, io: str) -> None:
+@pytest.mark.parametrize("file_system", ["disk", "network", "unknown"])
+async def test_what_comes_from_a_disk_or_another_machine_passes_through_a_slot(
+    make_rig: MakeRig, saved: Saved, io: str, file_system: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what the page cache has, as long as that may have to ask somebody; nobody copies on the load's thread."""
+
+    def answer(_: int) -> FileSystem:
+        if file_system == "unknown":
+            raise OSError("?")
+        return FileSystem("network", "nfs")
+
+    if file_system != "disk":
+        monkeypatch.setattr(reading, "file_system_of", answer)
     rig = make_rig("host", io=io)
+    rig.disk.is_cached = file_system != "disk"
     model = SmallNet()
     report = await load(rig, model, saved[1], num_slots=3)
     assert_loaded(model, saved[0])
     assert report.num_copies == 0
-
-
-async def test_what_comes_from_another_machine_passes_through_a_slot(
-    make_rig: MakeRig, saved: Saved, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reading, "file_system_of", lambda _: FileSystem("network", "nfs"))
-    rig = make_rig("host")
-    rig.disk.is_cached = True
-    model = SmallNet()
-    await load(rig, model, saved[1], num_slots=3)
-    assert_loaded(model, saved[0])
-
-
-async def test_file_system_that_does_not_say_what_it_is_counts_as_another_machine(
-    make_rig: MakeRig, saved: Saved, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(_: int) -> FileSystem:
-        raise OSError("?")
-
-    monkeypatch.setattr(reading, "file_system_of", refuse)
-    rig = make_rig("host")
-    rig.disk.is_cached = True
-    await load(rig, SmallNet(), saved[1], num_slots=3)
 
 
 @pytest.mark.parametrize("is_cached", [True, False], ids=["cached", "cold"])
