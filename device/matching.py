@@ -118,8 +118,7 @@ def match(  # noqa: C901, PLR0912 (one loop over all tensors)
             names.extend(target.names)
     if in_place:
         _find_shared(placement, in_place)
-    if extras:
-        unexpected += _give_extras(found.subtrees, extras, devices)
+    unexpected += _give_extras(found.subtrees, extras or {}, devices)
     missing: list[str] = []
     if len(names) < len(found.index_of) or placement.subtrees:
         known = {*names, *placement.unloaded}
@@ -128,7 +127,7 @@ def match(  # noqa: C901, PLR0912 (one loop over all tensors)
             for name, at in found.index_of.items()
             if name not in known and (at not in special or special[at].subtree is None)
         ]
-    placement.note_keys(missing, unexpected)
+    placement.note_keys(missing, _without_doubles(unexpected, found, stored, extras or {}))
     return placement
 
 
@@ -176,6 +175,16 @@ def _give_extras(
         else:
             subtree.extras[name] = make()
     return left
+
+
+def _without_doubles(
+    unexpected: list[str], found: Targets, stored: Mapping[str, object], extras: Mapping[str, object]
+) -> list[str]:
+    """Leave out what is there twice: state dicts have the extra state of a module under every name that it has."""
+    if not found.again:
+        return unexpected
+    given = {*stored, *extras}
+    return [name for name in unexpected if not found.is_double(name, given)]
 
 
 def _note_in_place(placement: Placement, place: Place, in_place: list[int]) -> None:

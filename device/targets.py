@@ -7,7 +7,7 @@ Reads the model; changes nothing.
 # Hooks and non-persistence have no public names in `nn.Module`.
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -94,6 +94,7 @@ class Targets:
         materialised: the first names of parameters that have storage.
         subtrees: modules that load themselves, in order of registration.
         prefixes: of every module, what the names of its tensors begin with ("" or "layers.0.").
+        again: of modules that load themselves and are registered again: these prefixes, with their first ones.
         own_buffers: the buffers that are not persistent: the model computes them itself.
         own_on_meta: those of them that are on meta, where no load gets them from.
     """
@@ -105,12 +106,17 @@ class Targets:
         self.materialised: list[str] = []
         self.subtrees: list[Subtree] = []
         self.prefixes: list[str] = []
+        self.again: dict[str, str] = {}
         self.own_buffers: set[str] = set()
         self.own_on_meta: list[str] = []
 
     def get(self, name: str) -> torch.Tensor:
         """Return a tensor by one of its names."""
         return self.tensors[self.index_of[name]]
+
+    def is_double(self, name: str, names: Collection[str]) -> bool:
+        """Tell whether a name that is no tensor's is, under the first prefix of its module, among these as well."""
+        return any(name.startswith(one) and home + name[len(one) :] in names for one, home in self.again.items())
 
     def first_name(self, name: str) -> str:
         """Return the first name of a tensor that may have several."""
@@ -124,7 +130,7 @@ def find_targets(model: nn.Module) -> Targets:  # noqa: C901, PLR0912 (one loop,
     index_of, tensors, owners = found.index_of, found.tensors, list[nn.Module]()
     add_prefix, add_tensor, add_owner = found.prefixes.append, tensors.append, owners.append
     inside: dict[int, Subtree] = {}  # by the indices of tensors
-    in_subtrees: set[int] = set()  # modules that subtrees load, which may be registered twice
+    in_subtrees: dict[int, str] = {}  # modules that subtrees load, which may be registered twice: their first prefixes
     loads_itself: dict[type[nn.Module], bool] = {}
     stack: list[tuple[str, nn.Module, Subtree | None]] = [("", model, None)]
     pop, push = stack.pop, stack.append
@@ -142,11 +148,15 @@ def find_targets(model: nn.Module) -> Targets:  # noqa: C901, PLR0912 (one loop,
                 or state["_load_state_dict_pre_hooks"]
                 or state["_load_state_dict_post_hooks"]
                 or "_load_from_state_dict" in state
-            ) and id(module) not in in_subtrees:
-                subtree = Subtree(prefix[:-1], module)
-                found.subtrees.append(subtree)
+            ):
+                home = in_subtrees.get(id(module))
+                if home is None:
+                    subtree = Subtree(prefix[:-1], module)
+                    found.subtrees.append(subtree)
+                else:
+                    found.again[prefix] = home
         if subtree is not None:
-            in_subtrees.add(id(module))
+            in_subtrees.setdefault(id(module), prefix)
         first = len(tensors)
         for key, tensor in state["_parameters"].items():
             if tensor is not None:

@@ -193,7 +193,7 @@ class _Tensors:
 
     def reference(self, description: object) -> Storage:
         """Take the description of a storage: ("storage", class, key, device, elements), in old files with None behind."""
-        parts = cast("tuple[object, ...]", description) if isinstance(description, tuple) else ()
+        parts = cast("tuple[object, ...]", description if isinstance(description, tuple) else ())
         if len(parts) != 5 + len(self._behind) or parts[0] != "storage" or parts[5:] != self._behind:
             raise MalformedError("a reference to something else than a storage")
         kind, key, num_elements = parts[1], parts[2], parts[4]

@@ -13,7 +13,7 @@ from torch import nn
 from tests.builders import assert_same, write_index
 from tests.fakes.rig import KIB, Rig
 from tests.models import SmallNet, tensors_of
-from weightstream.errors import PlacementError, UnexpectedKeysError, UnsupportedFormatError
+from weightstream.errors import MissingKeysError, PlacementError, UnexpectedKeysError, UnsupportedFormatError
 
 LAYOUTS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
 
@@ -254,6 +254,27 @@ class TestExtraStateThatIsNoTensor:
             report = await loader.load(model, tmp_path)
             assert model[0].kept is None
             assert not report.missing_keys  # what was not selected is not missing
+
+    @pytest.mark.parametrize("where", ["meta", "cpu"])
+    @pytest.mark.parametrize("state", [3, torch.tensor(3)], ids=["plain", "tensor"])
+    async def test_of_a_module_with_two_names_is_there_twice(
+        self, rig: Rig, tmp_path: Path, where: str, state: Any
+    ) -> None:
+        def twice(keeper: Keeper) -> nn.Module:
+            return nn.ModuleDict({"a": keeper, "b": nn.ModuleList([keeper])})
+
+        reference, keeper = Keeper("cpu"), Keeper(where)
+        reference.kept = state
+        saved = twice(reference).state_dict()
+        assert {"a._extra_state", "b.0._extra_state"} <= saved.keys()
+        async with rig.loader() as loader:
+            report = await loader.load(twice(keeper), save(tmp_path / "model.bin", saved))
+            assert keeper.kept == 3
+            assert report.unexpected_keys == ()
+            assert_same(keeper.weight, reference.weight)
+            del saved["a._extra_state"]
+            with pytest.raises((UnexpectedKeysError, MissingKeysError), match="_extra_state"):
+                await loader.load(twice(Keeper(where)), save(tmp_path / "model.bin", saved))
 
     async def test_without_a_module_for_it_is_unexpected_as_in_torch(self, rig: Rig, tmp_path: Path) -> None:
         reference = nn.Sequential(Keeper("cpu"))
