@@ -35,7 +35,7 @@ from weightstream.scheduler.timeline import Timeline
 __all__ = ["page"]
 
 #: Heights in pixels.
-_LANE_PX, _PHASES_PX, _RATES_PX, _AXIS_PX = 24, 52, 170, 12
+_LANE_PX, _PHASES_PX, _RATES_PX, _AXIS_PX, _TICKS_PX = 24, 52, 170, 12, 48
 _SECONDS = "seconds since the load began"
 
 _PAGE = Template("""<!DOCTYPE html>
@@ -70,8 +70,8 @@ def page(timeline: Timeline) -> str:
     chart = Chart.of(timeline)
     span_x = Range1d(start=0, end=timeline.wall_s or 1.0, bounds=(0, timeline.wall_s or 1.0))
     series = throughput(timeline)
-    panels = [_phases(timeline, span_x), _lanes(chart, span_x)]
-    if series:  # else nothing was read or copied
+    panels = [_phases(timeline, span_x), _lanes(chart, span_x, axis_px=0 if series else _TICKS_PX)]
+    if series:  # else nothing was read or copied, and the axis comes below the lanes
         panels.append(_rates(timeline, series, span_x))
     panels[-1].xaxis.visible = True
     panels[-1].xaxis.axis_label = _SECONDS
@@ -126,9 +126,9 @@ def _phases(timeline: Timeline, span_x: Range1d) -> figure:
     return panel
 
 
-def _lanes(chart: Chart, span_x: Range1d) -> figure:
+def _lanes(chart: Chart, span_x: Range1d, *, axis_px: int) -> figure:
     height = max(chart.height, 1.0)
-    panel = _panel(round(_LANE_PX * height) + 2 * _AXIS_PX, span_x, y_range=Range1d(start=0, end=height))
+    panel = _panel(round(_LANE_PX * height) + 2 * _AXIS_PX + axis_px, span_x, y_range=Range1d(start=0, end=height))
     files = sorted({bar.span.file for bar in chart.bars})
     name_of = CustomJSHover(args={"files": files}, code="return files[value]")
     for kind, label in LABELS.items():

@@ -48,7 +48,7 @@ def picture(timeline: Timeline) -> bytes:
         _draw_rates(axes, timeline, series)
     lowest = figure.axes[-1]
     lowest.set_xlim(0, timeline.wall_s or 1.0)
-    lowest.tick_params(bottom=True)
+    lowest.tick_params(bottom=True, labelsize=9)
     lowest.set_xlabel("seconds since the load began", fontsize=9)
     patches = [Patch(color=color, label=label) for color, label in labels_of(timeline).items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=max(1, len(patches)), fontsize=9, frameon=False)
