@@ -5,9 +5,11 @@ Exit codes: 0 done, 1 the load failed, 2 usage or configuration, 130 interrupted
 
 from __future__ import annotations
 
+import io
 import os
 import sys
-from typing import NoReturn
+from pathlib import Path
+from typing import NoReturn, TextIO
 
 from weightstream.shutdown import Shutdown
 
@@ -18,17 +20,39 @@ def main() -> NoReturn:
     """Run the command line and exit. Called once per process, in its main thread."""
     shutdown = Shutdown()
     shutdown.install()
+    _buffer_output()
     # Not before: Ctrl-C while this is imported would be a traceback.
     from weightstream.commands import run  # noqa: PLC0415
 
     code = run(sys.argv[1:], shutdown)
-    _flush()
+    error = _flush()
+    if error is not None and not code:  # else it has been told
+        from weightstream.complaints import explain  # noqa: PLC0415
+
+        code = explain(error, file=None, verbose=False)
     sys.exit(code)
 
 
-def _flush() -> None:
-    """Write what is left to standard output, so that a reader that has gone away does not make Python complain."""
+def _buffer_output() -> None:
+    """Give standard output a buffer, where Python has none (PYTHONUNBUFFERED, which is usual in containers).
+
+    Without one, Python forgets what a full disk has not taken of a long text, and no error is raised.
+    """
+    output: TextIO | None = sys.stdout  # none where the process was given none
+    if output is None:  # a file that got its descriptor would be written to, and the event loop aborts the process
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+        return
+    raw = getattr(output, "buffer", None)
+    if isinstance(raw, io.RawIOBase):
+        encoding, errors = sys.stdout.encoding, sys.stdout.errors
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=True)
+
+
+def _flush() -> OSError | None:
+    """Write what is left to standard output, or forget it; return why. A reader that has gone away has had enough."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again, and complain
+        return None if isinstance(error, BrokenPipeError) else error
+    return None

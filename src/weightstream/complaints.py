@@ -21,6 +21,9 @@ __all__ = ["DONE", "FAILED", "MISUSED", "ConfigurationError", "explain", "loggin
 
 DONE, FAILED, MISUSED = 0, 1, 2
 
+#: What writing to standard output fails with, of which Python does not say that it was that.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class ConfigurationError(Exception):
     """Raised when the configuration names something that is not there or is not what it should be."""
@@ -50,6 +53,9 @@ def explain(error: Exception, *, file: str | None, verbose: bool) -> int:
     if isinstance(error, ConfigurationError):
         _tell(str(error))
         return MISUSED
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _NO_ROOM):
+        _tell(f"{error.filename or 'cannot write the output'}: {error.strerror} (-v shows where)")
+        return FAILED
     _tell(str(error) if isinstance(error, WeightstreamError) else f"{type(error).__name__}: {error} (-v shows where)")
     return FAILED
 

@@ -125,4 +125,4 @@ def test_output_that_cannot_be_written_ends_with_1() -> None:
             text=True,
         )
     assert process.returncode == 1
-    assert process.stderr == "error: OSError: [Errno 28] No space left on device (-v shows where)\n"
+    assert process.stderr == "error: cannot write the output: No space left on device (-v shows where)\n"

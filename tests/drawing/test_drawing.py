@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,18 @@ def test_heading_says_what_and_why() -> None:
 def test_heading_of_mapped_files_claims_no_rate() -> None:
     mapped = dataclasses.replace(timeline_of(10), num_bytes=0)
     assert heading(mapped)[0].endswith("s, nothing read by the load itself")
+
+
+def test_file_for_which_there_is_no_room_is_named_and_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill_up(file: Path, content: bytes) -> None:
+        file.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", fill_up)
+    with pytest.raises(OSError, match=r"No space left on device: .*load\.json") as caught:
+        save_timeline(timeline_of(10), tmp_path / "load.json")
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_that_cannot_be_saved_are_refused_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

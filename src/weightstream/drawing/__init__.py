@@ -46,19 +46,29 @@ def save_timeline(timeline: Timeline, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError, FileNotFoundError, ModuleNotFoundError: see `check_can_save`.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; its `filename` is this one. A file that was not there is not left.
     """
     check_can_save(path)
     file = Path(path)
+    content = _content(timeline, file)
+    existed = file.exists()
+    try:
+        file.write_bytes(content)
+    except OSError as error:
+        if not existed:
+            file.unlink(missing_ok=True)
+        raise type(error)(error.errno, error.strerror, str(file)) from error
+
+
+def _content(timeline: Timeline, file: Path) -> bytes:
     if file.suffix == ".html":
         from weightstream.drawing.html import page  # noqa: PLC0415 - the libraries are large, and extras
 
-        file.write_text(page(timeline), encoding="utf-8")
-    elif file.suffix == ".png":
+        return page(timeline).encode()
+    if file.suffix == ".png":
         from weightstream.drawing.png import picture  # noqa: PLC0415
 
-        file.write_bytes(picture(timeline))
-    else:
-        from weightstream.drawing.trace import trace  # noqa: PLC0415
+        return picture(timeline)
+    from weightstream.drawing.trace import trace  # noqa: PLC0415
 
-        file.write_text(trace(timeline), encoding="utf-8")
+    return trace(timeline).encode()
