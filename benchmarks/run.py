@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -91,9 +92,9 @@ def measure_all(
     pythons: Mapping[str, str],
     save: Callable[[], None],
 ) -> None:
-    """Run every series once, in turn, and that `num_runs` times, each time beginning with another arm.
+    """Run every series once, in turn, and that `num_runs` times, each time in another order.
 
-    Before each turn free memory is put together, where that is allowed.
+    Before each process free memory is put together, where that is allowed.
 
     Args:
         series: what to measure; results and reasons are put into it.
@@ -112,8 +113,7 @@ def measure_all(
         if turn + longest > deadline_s:
             _say(f"stopped after {number} of {num_runs} turns: the next would end too late")
             break
-        compact()
-        for one in _rotated(series, number):
+        for one in _shuffled(series, number):
             if one.reason is None and time.monotonic() > deadline_s:
                 one.reason = "not reached within the time that was given"
             if one.reason is None:
@@ -123,16 +123,19 @@ def measure_all(
         save()
 
 
-def _rotated(series: Sequence[Series], number: int) -> Iterable[Series]:
-    """Yield the series setting by setting, each setting's arms beginning with another one every time."""
+def _shuffled(series: Sequence[Series], number: int) -> Iterable[Series]:
+    """Yield the series setting by setting, each setting's arms in another order every time.
+
+    In a fixed order each arm would always run in what the same neighbour leaves of memory and page cache.
+    """
     for setting in dict.fromkeys(one.setting for one in series):
         arms = [one for one in series if one.setting == setting]
-        shift = number * max(1, len(arms) // 5) % len(arms)
-        yield from arms[shift:]
-        yield from arms[:shift]
+        random.Random(number).shuffle(arms)
+        yield from arms
 
 
 def _measure(one: Series, *, timeout_s: float, python: str, turn: str) -> None:
+    compact()
     setting = one.setting
     job = Job(one.arm.key, setting.recipe, str(setting.path), setting.cache, setting.device)
     found: dict[str, Any] = {"status": "invalid"}
