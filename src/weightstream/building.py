@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
@@ -15,7 +16,7 @@ from torch import nn
 from weightstream.complaints import ConfigurationError
 from weightstream.device.accelerator import find_device
 from weightstream.device.dtypes import torch_dtype, torch_shape, unsupported
-from weightstream.errors import PlacementError, WeightstreamError
+from weightstream.errors import PlacementError, WeightstreamError, shown
 from weightstream.prefetch.header import TensorSpec
 
 __all__ = ["BuildError", "build_model", "model_for", "target_device"]
@@ -54,6 +55,7 @@ def build_model(spec: str, checkpoint: Path, device: torch.device, *, variant: s
     """
     if spec == "transformers":
         _leave_out(checkpoint)
+        _refuse_brought_along("transformers", checkpoint)
         try:
             bridge = importlib.import_module("weightstream.integrations.transformers")
         except ModuleNotFoundError as error:
@@ -117,10 +119,42 @@ def _module_at(modules: dict[str, nn.Module], path: str) -> nn.Module:
 
 def _leave_out(checkpoint: Path) -> None:
     """Take a checkpoint's folder, and those below it, out of the places in which Python looks for modules."""
+    sys.path[:] = [place for place in sys.path if not _is_in_folder_of(checkpoint, place)]
+
+
+def _refuse_brought_along(module_name: str, checkpoint: Path) -> None:
+    """Refuse a module that Python would take from the checkpoint's folder, as part of a namespace package from above it.
+
+    Packages are looked at from the outermost, so that none is imported (which looking for what is inside does) before it
+    has been looked at. A namespace package is refused for one of its places: what it has there is found first, or later.
+
+    Raises:
+        ConfigurationError: it would.
+        Exception: from importing what it lies in.
+    """
+    parts = module_name.split(".")
+    for prefix in (".".join(parts[:count]) for count in range(1, len(parts) + 1)):
+        if prefix in sys.modules:  # nothing of it runs any more
+            continue
+        found = importlib.util.find_spec(prefix)
+        if found is None:
+            return  # the import says so
+        places = [*(found.submodule_search_locations or ()), *([found.origin] if found.has_location else ())]
+        for place in places:
+            if place is not None and _is_in_folder_of(checkpoint, place):
+                raise ConfigurationError(
+                    f"model: {prefix} would be taken from the checkpoint's folder ({shown(place)}), and no code is:"
+                    " rename one of the two"
+                )
+
+
+def _is_in_folder_of(checkpoint: Path, place: str) -> bool:
+    """Tell whether a path leads into or through a checkpoint's folder, whatever links are on the way."""
     if not checkpoint.exists():
-        return
+        return False
     root = (checkpoint if checkpoint.is_dir() else checkpoint.parent).resolve()
-    sys.path[:] = [place for place in sys.path if not Path(place).resolve().is_relative_to(root)]
+    path = Path(place).absolute()
+    return any(step.resolve().is_relative_to(root) for step in (path, *path.parents))
 
 
 def _find(spec: str, checkpoint: Path) -> object:
@@ -129,7 +163,10 @@ def _find(spec: str, checkpoint: Path) -> object:
         sys.path.insert(0, os.getcwd())  # noqa: PTH109
     _leave_out(checkpoint)
     try:
+        _refuse_brought_along(module_name, checkpoint)
         found: object = importlib.import_module(module_name)
+    except ConfigurationError:
+        raise
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise ConfigurationError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,40 @@ def test_model_never_comes_from_the_folder_of_the_checkpoint(
     assert result.code == 2
     assert result.err.startswith("error: model: there is no module 'brought_along'")
     assert "the checkpoint's folder is not searched" in result.err
+
+
+@pytest.mark.parametrize("model", ["ck.evil", "ck.below.evil", "ck.package", "linked.evil", "alone"])
+def test_model_never_comes_from_the_folder_of_the_checkpoint_through_a_folder_above(
+    weightstream: Run, config: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    """Python takes any folder on its way for a namespace package; links to files and folders do not hide the way."""
+    above = tmp_path / "above"
+    above.mkdir()
+    folder = checkpoint.rename(above / "ck")
+    for place in ("", "below", "package"):
+        (folder / place).mkdir(exist_ok=True)
+        (folder / place / "evil.py").write_text(f"open({os.fspath(tmp_path / 'ran')!r}, 'w')")
+    (folder / "package" / "__init__.py").write_text(f"open({os.fspath(tmp_path / 'ran')!r}, 'w')")
+    (above / "linked").symlink_to(folder)
+    (above / "alone.py").symlink_to(folder / "evil.py")
+    config.write_text(f"checkpoint: {folder}\nmodel: {model}:make\n")
+    monkeypatch.chdir(above)
+    monkeypatch.syspath_prepend(above)
+    result = weightstream("warm", config, "-q")
+    assert not (tmp_path / "ran").exists()
+    assert result.code == 2
+    assert "would be taken from the checkpoint's folder" in result.err
+
+
+def test_model_comes_from_a_namespace_package_beside_the_checkpoint(
+    weightstream: Run, config: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = checkpoint.parent / "space_of_a_user"
+    space.mkdir()
+    shutil.copy(tmp_path / "builders_of_a_user.py", space / "builders.py")
+    config.write_text(config.read_text().replace("builders_of_a_user", "space_of_a_user.builders"))
+    monkeypatch.chdir(checkpoint.parent)
+    assert weightstream("warm", config, "-q").code == 0
 
 
 @pytest.mark.parametrize(
