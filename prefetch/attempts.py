@@ -73,14 +73,14 @@ class Attempts:
             number += 1
 
 
-def sleeping(num_retries: int) -> Attempts:
+def sleeping(num_retries: int, *, on_retry: Callable[[], None] = lambda: None) -> Attempts:
     """Make attempts that simply sleep: for whoever looks at a checkpoint outside of a load, and can be left behind."""
 
     def pause(seconds: float) -> bool:
         time.sleep(seconds)
         return True
 
-    return Attempts(num_retries, pause=pause, on_retry=lambda: None)
+    return Attempts(num_retries, pause=pause, on_retry=on_retry)
 
 
 #: No second attempt: for whoever looks at a checkpoint outside of a load.

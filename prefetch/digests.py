@@ -9,6 +9,7 @@ of 40 digits is a git hash of something else).
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from weightstream.errors import CheckpointError, IntegrityError, ReadError, shown
+from weightstream.prefetch.attempts import ONCE, Attempts
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.opening import Shard, read_whole, resolve
 
@@ -40,7 +42,11 @@ class Digest(NamedTuple):
 
 
 def find_digests(
-    checkpoint: Checkpoint, *, allow_outside_links: bool = False, except_manifest: str | None = None
+    checkpoint: Checkpoint,
+    *,
+    allow_outside_links: bool = False,
+    except_manifest: str | None = None,
+    attempts: Attempts = ONCE,
 ) -> list[Digest | None]:
     """Look up what the SHA-256 of each shard should be; None where nobody says so.
 
@@ -48,6 +54,7 @@ def find_digests(
         checkpoint: whose shards.
         allow_outside_links: whether manifests, as shards, may be links to elsewhere.
         except_manifest: the name of a manifest that is not looked at.
+        attempts: says how often a manifest is looked for, opened and read again after an error that may pass.
 
     Raises:
         CheckpointError: a manifest is not in the format, or may not be opened.
@@ -56,13 +63,13 @@ def find_digests(
     """
     folder = checkpoint.folder
     named: dict[str, str] = {}
-    for manifest in _manifests(folder):
+    for manifest in attempts.call(lambda: _manifests(folder), folder):
         if manifest == except_manifest:
             continue
         path = folder / manifest
         resolved = resolve(folder, path, allow_outside_links=allow_outside_links)
-        raw = read_whole(path, resolved, what="manifest", most_bytes=_MAX_MANIFEST_BYTES)
-        for name, sha256 in parse_manifest(raw, file=str(path)):
+        read = functools.partial(read_whole, path, resolved, what="manifest", most_bytes=_MAX_MANIFEST_BYTES)
+        for name, sha256 in parse_manifest(attempts.call(read, path), file=str(path)):
             if named.setdefault(name, sha256) != sha256:
                 raise _disagreement(folder / name, named[name], sha256, f"{manifest} says otherwise than another line")
     return [_digest(shard, named.get(str(shard.path.relative_to(folder)))) for shard in checkpoint.shards]
@@ -142,12 +149,13 @@ def write_manifest(folder: Path, digests: Iterable[tuple[str, str]], *, overwrit
 
 def _manifests(folder: Path) -> list[str]:
     try:
-        names = sorted(name for name in os.listdir(folder) if name.endswith(".sha256"))
+        names = os.listdir(folder)
     except OSError as exc:
         raise ReadError(
             f"cannot look for a manifest: {exc.strerror}", file=folder, actual=f"errno {exc.errno}"
         ) from exc
-    return [MANIFEST_NAME, *names] if os.path.lexists(folder / MANIFEST_NAME) else names
+    others = sorted(name for name in names if name.endswith(".sha256"))
+    return [MANIFEST_NAME, *others] if MANIFEST_NAME in names else others
 
 
 def _digest(shard: Shard, in_manifest: str | None) -> Digest | None:

@@ -207,7 +207,7 @@ class Job:
             stack.callback(files.close)
             self._check_stop()  # asked before there were files to stop at
             engine.limit_budget(self.fall_back)
-            checkpoint, source = files.call(functools.partial(self._open, files, sink.prefetch_config))
+            checkpoint, source, attempts = files.call(functools.partial(self._open, files, sink.prefetch_config))
             prepared = sink.prepare(checkpoint, source, files)
             self.readiness.expect(prepared.placement.names, prepared.placement.prefixes)
             stack.callback(prepared.placement.release)
@@ -224,7 +224,7 @@ class Job:
             pipeline = Pipeline.open(
                 engine,
                 files,
-                (checkpoint, source),
+                (checkpoint, source, attempts),
                 sink,
                 prepared,
                 streams=self._streams,
@@ -261,8 +261,11 @@ class Job:
             freed = pipeline.free_staged()
             return report if freed is None else dataclasses.replace(report, decisions=(*report.decisions, freed))
 
-    def _open(self, files: Files, config: PrefetchConfig) -> tuple[Checkpoint, Source]:
-        """Open a checkpoint, and the source of its bytes. On the thread of `files`, which closes both."""
+    def _open(self, files: Files, config: PrefetchConfig) -> tuple[Checkpoint, Source, Attempts]:
+        """Open a checkpoint, and the source of its bytes; return both, and what says how often its files are tried.
+
+        On the thread of `files`, which closes both.
+        """
         attempts = Attempts(config.retries, pause=files.pause, on_retry=self._count_retry, on_begin=files.begin)
         checkpoint = open_checkpoint(
             self._path,
@@ -276,7 +279,7 @@ class Job:
             checkpoint, config, pause=self._pause, on_retry=self._count_retry, on_fallback=self.fall_back
         )
         files.opened.callback(source.close)
-        return checkpoint, source
+        return checkpoint, source, attempts
 
     def _pump(self, sink: Sink, pipeline: Pipeline, check: Callable[[], None] | None) -> None:
         """Submit what is filled and place what is copied, until everything is placed; leave nothing at work.

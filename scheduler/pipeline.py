@@ -13,6 +13,7 @@ import torch
 from weightstream.device.backend import Backend
 from weightstream.device.stage import Destination, DeviceStage
 from weightstream.errors import ReadError
+from weightstream.prefetch.attempts import Attempts
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.mapping import Prefault, map_shard, refuse_network
 from weightstream.prefetch.ring import Ring
@@ -80,7 +81,7 @@ class Pipeline:
         cls,
         engine: Engine,
         files: Files,
-        opened: tuple[Checkpoint, Source],
+        opened: tuple[Checkpoint, Source, Attempts],
         sink: Sink,
         prepared: Prepared,
         *,
@@ -93,7 +94,7 @@ class Pipeline:
         Args:
             engine: whose threads and memory it uses.
             files: whatever may hang in a file system is done through these.
-            opened: what is loaded, and where its bytes come from.
+            opened: what is loaded, where its bytes come from, and how often its files are tried.
             sink: where they go in the end.
             prepared: what is read, to where, and how.
             streams: the user's current stream on each device.
@@ -111,12 +112,14 @@ class Pipeline:
         backends, plan, strategy = prepared.backends, prepared.plan, prepared.decision.strategy
         if strategy == "direct" and config.io == "auto":  # a slot of the size of a tensor has no room for whole pages
             config = config.model_copy(update={"io": "buffered"})
-        checkpoint, source = opened
+        checkpoint, source, attempts = opened
         with ExitStack() as stack:
             verification: Verification[Any] | None = None
             if checkpoint.hashes:
                 outside = config.allow_outside_links
-                verification = files.call(lambda: Verification(checkpoint, plan, allow_outside_links=outside))
+                verification = files.call(
+                    lambda: Verification(checkpoint, plan, allow_outside_links=outside, attempts=attempts)
+                )
             found = files.call(lambda: look_at_cache(plan, source, config))
             if found.unknown:
                 fall_back(_RESIDENCY_UNKNOWN)

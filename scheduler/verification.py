@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from weightstream.errors import IntegrityError
+from weightstream.prefetch.attempts import Attempts
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.digests import Digest, find_digests, no_digest
 from weightstream.prefetch.memory import usable_cores
@@ -46,14 +47,17 @@ class Verification(Generic[T]):
         checkpoint: opened with `hashes`.
         plan: made with `whole_shards`.
         allow_outside_links: whether manifests may be links to elsewhere.
+        attempts: says how often a manifest is read again after an error that may pass.
 
     Raises:
         IntegrityError: nobody says what the digest of a shard should be, or two say different things.
         CheckpointError, ReadError: a manifest is not one, or cannot be read.
     """
 
-    def __init__(self, checkpoint: Checkpoint, plan: LoadPlan, *, allow_outside_links: bool) -> None:
-        found = find_digests(checkpoint, allow_outside_links=allow_outside_links)
+    def __init__(
+        self, checkpoint: Checkpoint, plan: LoadPlan, *, allow_outside_links: bool, attempts: Attempts
+    ) -> None:
+        found = find_digests(checkpoint, allow_outside_links=allow_outside_links, attempts=attempts)
         self._shards = checkpoint.shards
         self._hashes = checkpoint.hashes
         self._expected: dict[int, Digest] = {}

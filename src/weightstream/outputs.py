@@ -142,6 +142,8 @@ class Verification:
     """Of all files together: this much was hashed."""
     wall_s: float
     """Seconds that it took, with the checks of the checkpoint."""
+    num_retries: int
+    """How many reads were repeated after an error that may pass, those of headers, index and manifests included."""
     manifest: str | None
     """The path of the manifest that --write-manifest wrote; null if it wrote none."""
     shards: tuple[VerifiedShard, ...]

@@ -60,6 +60,7 @@ class Verdict:
     checkpoint: str
     shards: tuple[ShardFinding, ...]
     wall_s: float
+    num_retries: int
     manifest: Path | None
 
     @property
@@ -79,6 +80,7 @@ class Verdict:
             num_shards=len(self.shards),
             num_bytes=self.num_bytes,
             wall_s=self.wall_s,
+            num_retries=self.num_retries,
             manifest=None if self.manifest is None else str(self.manifest),
             shards=tuple(
                 VerifiedShard(
@@ -99,6 +101,8 @@ def print_verdict(console: Console, found: Verdict) -> None:
         f"{num_good} of {len(found.shards)} files are what they should be",
     )
     facts = [("checkpoint", found.checkpoint)]
+    if found.num_retries:
+        facts.append(("retries", str(found.num_retries)))
     if found.manifest is not None:
         facts.append(("written", str(found.manifest)))
     print_facts(console, facts)
@@ -135,6 +139,8 @@ async def verify(config: LoaderConfig, display: Display, *, writes_manifest: boo
     assert config.checkpoint is not None
     prefetch = config.prefetch.model_copy(update={"io": "buffered"})
     began_s = time.monotonic()
+    retries = _Retries()
+    attempts = sleeping(prefetch.retries, on_retry=retries.add)
     with display.step("checking the checkpoint"):
         checkpoint = await in_thread(
             lambda: open_checkpoint(
@@ -142,7 +148,7 @@ async def verify(config: LoaderConfig, display: Display, *, writes_manifest: boo
                 variant=prefetch.variant,
                 allow_outside_links=prefetch.allow_outside_links,
                 hashes=True,
-                attempts=sleeping(prefetch.retries),
+                attempts=attempts,
             )
         )
     with checkpoint:
@@ -153,9 +159,10 @@ async def verify(config: LoaderConfig, display: Display, *, writes_manifest: boo
                 checkpoint,
                 allow_outside_links=prefetch.allow_outside_links,
                 except_manifest=MANIFEST_NAME if writes_manifest else None,
+                attempts=attempts,
             )
         )
-        hashing = _Hashing(checkpoint, prefetch)
+        hashing = _Hashing(checkpoint, prefetch, retries)
         with display.meters(("hashed",)) as update:
             await hashing.run(update)
         await in_thread(checkpoint.check_unchanged)
@@ -167,20 +174,32 @@ async def verify(config: LoaderConfig, display: Display, *, writes_manifest: boo
         if writes_manifest and all(shard.status != "wrong" for shard in shards):
             lines = [(shard.name, shard.sha256) for shard in shards]
             manifest = await in_thread(lambda: write_manifest(checkpoint.folder, lines, overwrite=overwrites))
-        return Verdict(str(checkpoint.path), shards, time.monotonic() - began_s, manifest)
+        return Verdict(str(checkpoint.path), shards, time.monotonic() - began_s, retries.num, manifest)
+
+
+class _Retries:
+    """How many reads were repeated. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.num = 0
+        self._lock = threading.Lock()
+
+    def add(self) -> None:
+        with self._lock:
+            self.num += 1
 
 
 class _Hashing:
     """Threads that read and hash the files of a checkpoint, one file each at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, config: PrefetchConfig) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: PrefetchConfig, retries: _Retries) -> None:
         self._checkpoint = checkpoint
         self._stopped = threading.Event()
         self._source = FileSource(
             checkpoint,
             config,
             pause=lambda seconds: not self._stopped.wait(seconds),
-            on_retry=lambda: None,
+            on_retry=retries.add,
             on_fallback=lambda _: None,
         )
         self._lock = threading.Lock()

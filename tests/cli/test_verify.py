@@ -18,6 +18,7 @@ from tests.cli.conftest import Run
 from tests.fakes.filesystem import Behaviour, Fault, mounted
 from tests.fakes.fixtures import requires_fuse
 from weightstream import verifying
+from weightstream.prefetch.digests import MANIFEST_NAME
 
 
 @pytest.fixture(name="folder")
@@ -174,3 +175,25 @@ def test_header_that_cannot_be_read_once_is_read_again(weightstream: Run, folder
         result = weightstream(command, mount.path)
         assert mount.statistics().num_faults == (1,)
     assert result.code == 0, result.err
+
+
+@requires_fuse
+def test_repeated_reads_are_counted(weightstream: Run, folder: Path) -> None:
+    write_sums(folder)
+    faults = (
+        Fault(MANIFEST_NAME, "error"),
+        Fault(sorted(folder.glob("*.safetensors"))[1].name, "error", request=0),
+    )
+    with mounted(folder, Behaviour(faults=faults, is_cached=False)) as mount:
+        result = weightstream("verify", mount.path, "--json")
+        assert mount.statistics().num_faults == (1, 1)
+    assert (result.code, json.loads(result.out)["num_retries"]) == (0, 2), result.err
+
+
+@requires_fuse
+def test_summary_says_that_reads_were_repeated(weightstream: Run, folder: Path) -> None:
+    write_sums(folder)
+    with mounted(folder, Behaviour(faults=(Fault(MANIFEST_NAME, "error"),), is_cached=False)) as mount:
+        result = weightstream("verify", mount.path)
+    assert result.code == 0
+    assert ["retries", "1"] in [line.split() for line in result.out.splitlines()]

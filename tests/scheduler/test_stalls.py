@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from weightstream.api import Loader
 from weightstream.errors import LoadCancelledError, LoadTimeoutError, MemoryBudgetError, ReadError
 from weightstream.prefetch import memory
 from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
+from weightstream.prefetch.digests import MANIFEST_NAME, write_manifest
 from weightstream.prefetch.eviction import Eviction
 from weightstream.prefetch.filesystem import FileSystem
 from weightstream.scheduler import job, survey
@@ -582,6 +584,25 @@ def test_header_that_cannot_be_read_once_is_read_again(tmp_path: Path, number: i
         model = torch.nn.ParameterDict({"a": torch.nn.Parameter(torch.empty(30, 30, device="meta"))})
         report = ws.load_sync(model, mount.path, config=config())
         assert mount.statistics().num_faults == (1,)
+    assert report.num_retries == 1
+    assert_same(model["a"].detach(), tensors["a"])
+
+
+@requires_fuse
+@pytest.mark.parametrize("retries", [0, 1])
+def test_manifest_that_cannot_be_read_once_is_read_again(tmp_path: Path, retries: int) -> None:
+    tensors = random_tensors({"a": (30, 30)})
+    write_checkpoint(tmp_path, tensors)
+    sha256 = hashlib.sha256((tmp_path / SINGLE).read_bytes()).hexdigest()
+    write_manifest(tmp_path, [(SINGLE, sha256)])
+    faults = (Fault(MANIFEST_NAME, "error"),)
+    with mounted(tmp_path, Behaviour(faults=faults, is_cached=False)) as mount, leaves_nothing():
+        model = torch.nn.ParameterDict({"a": torch.nn.Parameter(torch.empty(30, 30, device="meta"))})
+        if not retries:
+            with pytest.raises(ReadError, match="cannot read the manifest"):
+                ws.load_sync(model, mount.path, config=config(verify="sha256", retries=0))
+            return
+        report = ws.load_sync(model, mount.path, config=config(verify="sha256", retries=retries))
     assert report.num_retries == 1
     assert_same(model["a"].detach(), tensors["a"])
 
