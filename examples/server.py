@@ -118,6 +118,9 @@ class Service:
         model = self._model
         if model is None:
             raise HTTPException(503, "the weights are not there yet", headers={"Retry-After": "1"})
+        num_tokens: int = cast("Any", model).get_input_embeddings().num_embeddings
+        if not all(0 <= token < num_tokens for token in request.token_ids):
+            raise HTTPException(422, f"the model knows the tokens 0 to {num_tokens - 1}")
         async with self._turn:
             return await asyncio.to_thread(_generate, model, request)
 

@@ -22,7 +22,7 @@ __all__ = ["Display", "Meter", "MeterUpdate", "Output", "format_bytes", "format_
 #: Live rates are averages over this time.
 _WINDOW_S = 1.0
 #: Without a terminal: a line at most this often.
-_LINE_S = 1.0
+_LINE_S = 3.0
 
 
 class Output(Console):

@@ -74,27 +74,27 @@ def test_meter_tells_the_rate_of_the_last_second_and_at_last_the_average(time_: 
     assert (meter.bytes_per_s, meter.fraction) == (2500, 1.0)
 
 
-def test_lines_come_once_a_second_and_at_the_end(time_: Time, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_come_every_few_seconds_and_at_the_end(time_: Time, capsys: pytest.CaptureFixture[str]) -> None:
     shown = make_display(Shutdown(), quiet=False)
     with shown.step("thinking"):
         pass
     with shown.meters(["disk", "cuda:0"]) as update:
         for step in range(1, 11):
-            time_.now_s = step * 0.25
+            time_.now_s = step * 0.75
             update(1000, step * 100, step * 50, current="layers.3")
-        time_.now_s = 2.6
+        time_.now_s = 7.8
         update(1000, 1000, 1000)
         update(1000, 1000, 1000)
     out, err = capsys.readouterr()
     assert out == ""
     at = ", at layers.3"
-    first = f"weightstream: disk 400 B of 1.00 kB (40%), 400 B/s, 2 s left, cuda:0 200 B of 1.00 kB (20%), 200 B/s, 4 s left{at}"
-    second = f"weightstream: disk 800 B of 1.00 kB (80%), 400 B/s, 0 s left, cuda:0 400 B of 1.00 kB (40%), 200 B/s, 3 s left{at}"
+    first = f"weightstream: disk 400 B of 1.00 kB (40%), 133 B/s, 4 s left, cuda:0 200 B of 1.00 kB (20%), 67 B/s, 12 s left{at}"
+    second = f"weightstream: disk 800 B of 1.00 kB (80%), 133 B/s, 2 s left, cuda:0 400 B of 1.00 kB (40%), 67 B/s, 9 s left{at}"
     assert err.splitlines() == [
         "weightstream: thinking",
         first,
         second,
-        "weightstream: disk 1.00 kB of 1.00 kB (100%), 400 B/s, cuda:0 1.00 kB of 1.00 kB (100%), 385 B/s",
+        "weightstream: disk 1.00 kB of 1.00 kB (100%), 133 B/s, cuda:0 1.00 kB of 1.00 kB (100%), 128 B/s",
     ]
 
 

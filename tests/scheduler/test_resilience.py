@@ -202,7 +202,9 @@ class TestLogThatCannotBeWritten:
         device.close()
 
     @pytest.mark.parametrize("is_cached", [True, False], ids=["into parameters", "into slots"])
-    async def test_read_that_was_given_up_comes_back(self, make_rig: MakeRig, path: Path, *, is_cached: bool) -> None:
+    async def test_read_that_was_given_up_comes_back(
+        self, make_rig: MakeRig, path: Path, monkeypatch: pytest.MonkeyPatch, *, is_cached: bool
+    ) -> None:
         rig = make_rig("host")
         rig.disk.is_cached = is_cached
         gate = rig.disk.stop_at(0, is_stuck=True)
@@ -213,10 +215,17 @@ class TestLogThatCannotBeWritten:
                 assert bool(caught.value.partly_written) == is_cached
                 engine = loader._engine
                 assert engine is not None
-                rig.disk.closed.clear()
+                stragglers, gone = engine.stragglers, threading.Event()
+                discard = stragglers.discard
+
+                def discard_and_tell(load: object) -> None:
+                    discard(load)
+                    gone.set()
+
+                monkeypatch.setattr(stragglers, "discard", discard_and_tell)
                 gate.open()
-                assert rig.disk.closed.wait(30)
-                assert engine.stragglers.wait(30) == 0
+                assert gone.wait(30)  # all that it kept has come back before that
+                assert stragglers.wait(0) == 0
                 assert rig.ring.num_free == rig.ring.num_slots
                 await loader.load(model_of(path, device="cpu"), path)
 
