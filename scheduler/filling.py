@@ -25,11 +25,12 @@ __all__ = ["Filling", "GivenUp", "Read"]
 
 
 class Read(NamedTuple):
-    """A read in progress: of which shard, from where on, and since when."""
+    """A read in progress: of which shard, from where on, and since when. `lands`: its bytes are being copied already."""
 
     shard: int
     offset: int
     began_s: float
+    lands: bool = False
 
 
 class GivenUp(NamedTuple):
@@ -54,6 +55,7 @@ class Filling:
     Attributes:
         reads: those in progress, in the order in which they began.
         num_writing: how many readers are writing to memory of the model's, or copying from a slot.
+        num_copies: how many parts of chunks readers have copied from slots.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Filling:
     ) -> None:
         self.reads: dict[object, Read] = {}
         self.num_writing = 0
+        self.num_copies = 0
         self._course = course
         self._plan = plan
         self._source, self._tuner = reading.source, reading.tuner
@@ -154,7 +157,8 @@ class Filling:
                 found.unused.append(fill.slot)
         self._course.fills.clear()
         self.reads.clear()
-        self._course.ledger.change(reading=-found.num_reads)
+        ledger = self._course.ledger
+        ledger.change(reading=-ledger.reading, landing=-ledger.landing)
         return found
 
     def _open_next(self) -> Fill | None:
@@ -195,7 +199,7 @@ class Filling:
         began_s = course.clock.now()
         copy_s: float | None = None
         try:
-            copy_s = self._fetch(fill, part)
+            copy_s = self._fetch(read, fill, part)
         except BaseException as exc:  # noqa: BLE001 (whatever it is, it ends the load and not the reader thread)
             error = exc
         ended_s = course.clock.now()
@@ -221,15 +225,16 @@ class Filling:
         """Take a read off the list, and its chunk on; return how many readers there should be, if that has changed."""
         course, num_bytes = self._course, part.end - part.begin
         busy = len(self.reads) >= self._tuner.setting.workers
-        del self.reads[read]
+        lands = self.reads.pop(read).lands
         fill.num_reading -= 1
         course.fail(error)
         num_filled = 0
         if course.error is None:
             course.bytes_read += num_bytes
+            self.num_copies += lands
             if fill.num_reading == fill.left_bytes == 0:
                 num_filled = self._complete(fill)
-        course.ledger.change(reading=-1, filled=num_filled)
+        course.ledger.change(reading=lands - 1, landing=-lands, filled=num_filled)
         if course.error is not None or not fill.num_reading:
             course.condition.notify_all()
         if not fill.tuned or course.error is not None:
@@ -284,7 +289,7 @@ class Filling:
         if slot is not None:
             self._ring.release(slot)
 
-    def _fetch(self, fill: Fill, part: ByteRange) -> float | None:
+    def _fetch(self, read: object, fill: Fill, part: ByteRange) -> float | None:
         """Read a part; return since when it was copied from the slot, if it was."""
         whole, transfer = fill.chunk.source, fill.chunk.transfer
         begin, end = part.begin - whole.begin, part.end - whole.begin
@@ -306,7 +311,7 @@ class Filling:
         if not fill.bounces:
             return None
         copy_s = self._course.clock.now()
-        with self._writing():
+        with self._writing(copies=read):
             copy_out(wanted, self._stage.buffers(transfer, None, begin, end))
         return copy_s
 
@@ -320,16 +325,22 @@ class Filling:
             self._eviction.forget(part)
 
     @contextmanager
-    def _writing(self) -> Generator[None, None, None]:
+    def _writing(self, copies: object | None = None) -> Generator[None, None, None]:
         """Let a reader write to memory that is not a slot's; or raise, because the load has been stopped.
 
         The drain waits for those that have begun, so nothing is written to the model after the load has ended.
+
+        Args:
+            copies: the read that has ended, and whose bytes are now copied: it counts as a copy until it is off the list.
         """
         course = self._course
         with course.condition:
             if course.error is not None:
                 raise LoadCancelledError("the load was stopped before this was written")
             self.num_writing += 1
+            if copies is not None:  # it is on the list: reads are given up only once the course has an error
+                self.reads[copies] = self.reads[copies]._replace(lands=True)
+                course.ledger.change(reading=-1, landing=1)
         try:
             yield
         finally:

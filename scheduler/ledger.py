@@ -22,9 +22,10 @@ class Ledger:
     """Counts who is busy and books the time between two changes. Guarded by its user's lock.
 
     In the pipeline the rule is: where a filled chunk waits for the device stage, the copy is what holds the load up;
-    where none waits, the disk is; once everything is read, it is the copies, and then the binding, that are left. Of
-    the chunks whose copies have been submitted only the first is being copied: the others wait behind it. A load that
-    verifies what it reads waits for that where chunks that were read wait while others are hashed.
+    where none waits, the disk is; where nothing is being read, it is the copies, and then the binding, that are left. Of
+    the chunks whose copies have been submitted only the first is being copied: the others wait behind it. Readers that
+    copy what they have read (`landing`) do so side by side: nothing waits behind them, and they read nothing meanwhile. A
+    load that verifies what it reads waits for that where chunks that were read wait while others are hashed.
 
     Args:
         now: the clock, in seconds.
@@ -38,6 +39,7 @@ class Ledger:
         self.recorder = recorder
         self.copies = True
         self.reading = 0
+        self.landing = 0
         self.unhashed = 0
         self.hashing = 0
         self.filled = 0
@@ -84,6 +86,7 @@ class Ledger:
         self,
         *,
         reading: int = 0,
+        landing: int = 0,
         unhashed: int = 0,
         hashing: int = 0,
         filled: int = 0,
@@ -99,11 +102,12 @@ class Ledger:
             self.recorder.phase(phase, last, now)
         if self.reading:
             self.read_busy_s += spent
-        if self.copying:
+        if self.copying or self.landing:
             self.copy_busy_s += spent
             if self.reading:
                 self.both_busy_s += spent
         self.reading += reading
+        self.landing += landing
         self.unhashed += unhashed
         self.hashing += hashing
         self.filled += filled
@@ -111,16 +115,15 @@ class Ledger:
         self.binding += binding
 
     def _phase(self) -> str:
-        waits_for_hash = self.hashing and (self.unhashed or not self.reading)
-        if self._section == "disk" and waits_for_hash:
-            return "verify"
-        if self._section != "pipeline":
+        if self._section not in ("disk", "pipeline"):
             return self._section
-        waiting = self.filled or self.copying > 1
-        if waits_for_hash and not waiting:
+        waiting = self._section == "pipeline" and (self.filled or self.copying > 1)
+        if not waiting and self.hashing and (self.unhashed or not (self.reading or self.landing)):
             return "verify"
-        if waiting or (self.copying and not self.reading):
+        if waiting:
             return "bind" if self.binding and not self.copying else "copy"
-        if self.reading or not self.copies:
+        if (self.copying or self.landing) and not self.reading:
+            return "copy"
+        if self.reading or not self.copies or self._section == "disk":
             return "disk"
         return "bind" if self.binding else "other"

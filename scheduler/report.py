@@ -81,7 +81,7 @@ class LoadReport:
     device_peak_bytes: int
     """The most device memory that this load had allocated at once for blocks; 0 on the CPU. Of several devices the sum."""
     num_copies: int
-    """Copies from slots to blocks or parameters."""
+    """Copies from slots to blocks or parameters; where readers copy what they have read, one for each read."""
     num_retries: int
     """Reads that were repeated after an error that passed."""
     decisions: tuple[str, ...]

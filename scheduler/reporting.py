@@ -68,7 +68,7 @@ def make_report(
         host_peak_bytes=host_peak_bytes,
         pinned_bytes=pipeline.pinned_bytes,
         device_peak_bytes=sum(blocks.device_peak_bytes for blocks in pipeline.blocks),
-        num_copies=pipeline.stage.num_copies,
+        num_copies=pipeline.stage.num_copies + pipeline.flow.filling.num_copies,
         num_retries=num_retries,
         decisions=(*checkpoint.notes, *placement.decisions(len(checkpoint.tensors)), *pipeline.decisions()),
         fallbacks=tuple(told),

@@ -103,7 +103,7 @@ def _choose(s: Situation) -> tuple[ChosenStrategy, str]:  # noqa: PLR0911 (one l
     if s.in_place and s.file_system.kind == "network" and fits:
         return "preload", "parameters that are in use are not written to before every byte has come over the network"
     if not s.staged_bytes:
-        return "stream", "readers fill the parameters' own memory, which needs no copy"
+        return "stream", "readers bring the bytes to the parameters' own memory"
     return "stream", f"reading and copying overlap, through a ring of at most {_size(s.ring_bytes)}"
 
 

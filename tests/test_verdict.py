@@ -76,7 +76,7 @@ def test_median_of_an_even_number_of_runs_is_one_of_them() -> None:
         (1.0, {"phases": WORKING}, {}, "79% of the time, 20% for reading. It checks and places 18,867 tensors"),
         (1.0, {"phases": COPYING}, {}, "81% of the time, 18% for reading. Only fewer bytes, or another bus"),
         (1.0, {"phases": COPYING, "pinned_bytes": 0}, {}, "raise the limit for that (ulimit -l)"),
-        (1.0, {"phases": COPYING, "device": "cpu"}, {"device": "cpu"}, "`prefetch.io: buffered` reads it there"),
+        (1.0, {"phases": COPYING, "device": "cpu"}, {"device": "cpu"}, "with `prefetch.io: buffered`, those on"),
     ],
     ids=["near", "far", "workers", "buffered", "auto", "python", "copies", "not-locked", "copies-on-cpu"],
 )

@@ -41,7 +41,7 @@ def test_sentence_names_what_was_waited_for_and_what_to_change(
         (phases(disk=1.0), {}, "This had a part in it: direct I/O refused by the file system"),
         (phases(copy=1.0), {"fallbacks": ("page-locking host memory was refused",), "pinned_bytes": 0}, "ulimit -l"),
         (phases(copy=1.0), {"fallbacks": ("page-locking host memory was refused",)}, "in it: page-locking host memory"),
-        (phases(copy=1.0), {"device": "cpu"}, "`prefetch.io: buffered` reads it there"),
+        (phases(copy=1.0), {"device": "cpu"}, "with `prefetch.io: buffered`, those on meta are read into"),
     ],
     ids=["reads", "not-locked", "copies", "cpu"],
 )

@@ -80,7 +80,10 @@ def _advice(bound: Bound, report: LoadReport) -> str:
     if bound != "copy":
         return _ADVICE[bound]
     if report.device == "cpu":
-        return "What is read past the page cache is copied to its place; `prefetch.io: buffered` reads it there."
+        return (
+            "What is read past the page cache is copied to its place, and so is all that comes from storage for parameters"
+            " that have some; with `prefetch.io: buffered`, those on meta are read into without a copy."
+        )
     if report.pinned_bytes:
         return "Only fewer bytes, or another bus, would be faster."
     return "They come from memory that is not page-locked: raise the limit for that (ulimit -l), if there is one."

@@ -73,7 +73,8 @@ async def test_every_tensor_lands_on_its_device(
     one, two = rig.several[ONE], rig.several[TWO]
     assert num_submitted(one) > 0 < num_submitted(two)
     on_host = report.num_copies - num_submitted(one) - num_submitted(two)
-    assert (on_host > 0) == (stored is torch.bfloat16)  # what is not cast is read to where it belongs in host memory
+    # What is neither cast nor read past the page cache is read to where it belongs in host memory.
+    assert (on_host > 0) == (stored is torch.bfloat16 or io == "direct")
 
 
 @pytest.mark.parametrize("num_slots", [2, 5])

@@ -37,18 +37,27 @@ def pipeline() -> tuple[Hands, Ledger]:
         ({"reading": 1, "filled": 1}, "copy"),
         ({"reading": 1, "copying": 2}, "copy"),
         ({"copying": 1}, "copy"),
+        ({"reading": 1, "landing": 3}, "disk"),
+        ({"landing": 2}, "copy"),
+        ({"landing": 1, "binding": 1}, "copy"),
+        ({"landing": 1, "filled": 1, "binding": 1}, "bind"),
+        ({"landing": 1, "hashing": 1}, "copy"),
+        ({"landing": 1, "hashing": 1, "unhashed": 1}, "verify"),
         ({"binding": 1}, "bind"),
         ({"reading": 1, "binding": 1}, "disk"),
         ({"filled": 1, "binding": 1}, "bind"),
         ({"filled": 1, "copying": 1, "binding": 1}, "copy"),
     ],
     ids=[
-        *("nobody", "reading", "read-and-copied", "filled-waits", "copy-waits-behind-copy", "last-copy", "binding"),
+        *("nobody", "reading", "read-and-copied", "filled-waits", "copy-waits-behind-copy", "last-copy"),
+        *("read-and-landed", "landing", "bound-beside-a-landing", "filled-waits-beside-a-landing"),
+        *("hashed-beside-a-landing", "hash-waits-beside-a-landing", "binding"),
         *("bound-beside-a-read", "filled-waits-for-binding", "filled-waits-for-copy"),
     ],
 )
 def test_time_goes_to_who_is_waited_for(counts: dict[str, int], phase: str) -> None:
     hands, ledger = pipeline()
+    ledger.verifies()
     ledger.change(**counts)
     hands.time = 3.0
     ledger.change()
@@ -74,6 +83,27 @@ def test_overlap_is_a_share_of_the_less_busy_stage() -> None:
     assert ledger.overlap == 0.5
 
 
+@pytest.mark.parametrize(
+    ("counts", "phase"), [({"reading": 1, "landing": 1}, "disk"), ({"landing": 1}, "copy"), ({}, "disk")]
+)
+def test_while_all_is_read_first_copies_by_readers_alone_are_copies(counts: dict[str, int], phase: str) -> None:
+    hands, ledger = pipeline()
+    ledger.enter("disk")
+    ledger.change(**counts)
+    hands.time = 2.0
+    ledger.change()
+    assert ledger.phases[phase] == ledger.wall_s == 2.0
+
+
+def test_overlap_counts_copies_by_readers() -> None:
+    hands, ledger = pipeline()
+    for time, change in [(0, {"reading": 2}), (6, {"reading": -1, "landing": 1}), (8, {"reading": -1}), (10, {})]:
+        hands.time = time
+        ledger.change(**change)
+    assert (ledger.read_busy_s, ledger.copy_busy_s, ledger.both_busy_s) == (8, 4, 2)
+    assert ledger.overlap == 0.5
+
+
 def test_overlap_of_one_stage_alone_is_zero() -> None:
     hands, ledger = pipeline()
     ledger.change(reading=1)
@@ -86,7 +116,7 @@ steps = st.lists(
     st.tuples(
         st.integers(0, 5),
         st.sampled_from(["preflight", "pipeline", "bind", "other", None]),
-        st.dictionaries(st.sampled_from(["reading", "filled", "copying", "binding"]), st.integers(0, 2)),
+        st.dictionaries(st.sampled_from(["reading", "landing", "filled", "copying", "binding"]), st.integers(0, 2)),
     )
 )
 
