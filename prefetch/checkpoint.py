@@ -20,7 +20,7 @@ from weightstream.prefetch.finding import find_checkpoint, refuse_rivals
 from weightstream.prefetch.hashing import FileHash
 from weightstream.prefetch.header import TensorSpec, read_header
 from weightstream.prefetch.index import check_index, read_index
-from weightstream.prefetch.opening import Shard, identity_of, open_shard, resolve
+from weightstream.prefetch.opening import Shard, files_hint, identity_of, is_out_of_files, open_shard, resolve
 from weightstream.prefetch.torchfile import read_torch_file
 
 __all__ = ["Checkpoint", "open_checkpoint"]
@@ -168,9 +168,11 @@ def open_checkpoint(
             for name in extras:  # an index need not list what is no tensor
                 weight_map.pop(name, None)
             check_index(listed_in, weight_map, tensors, dict(zip(names, headers, strict=True)))
-    except BaseException:
+    except BaseException as error:
         for shard in shards:
             os.close(shard.fd)
+        if isinstance(error, ReadError) and is_out_of_files(error.__cause__):
+            error.hint = files_hint(len(names))
         raise
     return Checkpoint(listed_in, tuple(shards), tensors, tuple(notes), tuple(begun), seen, extras)
 

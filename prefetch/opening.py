@@ -6,6 +6,7 @@ Hugging Face cache that it is a snapshot of, and nowhere else.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from dataclasses import dataclass
@@ -13,7 +14,16 @@ from pathlib import Path, PurePosixPath
 
 from weightstream.errors import CheckpointError, IntegrityError, MissingShardError, ReadError
 
-__all__ = ["Shard", "identity_of", "open_regular", "open_shard", "read_whole", "resolve"]
+__all__ = [
+    "Shard",
+    "files_hint",
+    "identity_of",
+    "is_out_of_files",
+    "open_regular",
+    "open_shard",
+    "read_whole",
+    "resolve",
+]
 
 #: The kernel's limit on a path (PATH_MAX). Longer names are refused before anything splits or resolves them.
 _MAX_NAME_BYTES = 4096
@@ -96,11 +106,25 @@ def open_regular(path: Path, resolved: Path) -> tuple[int, os.stat_result]:
     except FileNotFoundError:
         raise
     except OSError as exc:
-        raise ReadError(f"cannot open the file: {exc.strerror}", file=path, actual=f"errno {exc.errno}") from exc
+        hint = files_hint() if is_out_of_files(exc) else None
+        raise ReadError(
+            f"cannot open the file: {exc.strerror}", file=path, actual=f"errno {exc.errno}", hint=hint
+        ) from exc
     if identity_of(opened) != identity_of(before):
         os.close(fd)
         raise IntegrityError("the file was replaced while it was being opened", file=path)
     return fd, opened
+
+
+def is_out_of_files(error: BaseException | None) -> bool:
+    """Tell whether the operating system opens no more files for this process, or for all of them together."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+def files_hint(num_files: int | None = None) -> str:
+    """Say what can be done about that. `num_files`: how many the checkpoint has, if that is known."""
+    each = "each file of the checkpoint" if num_files is None else f"each of the checkpoint's {num_files} files"
+    return f"Raise the limit on open files (ulimit -n): {each} stays open, and once more unless prefetch.io is buffered"
 
 
 def read_whole(path: Path, resolved: Path, *, what: str, most_bytes: int) -> bytes:

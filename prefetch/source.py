@@ -15,6 +15,7 @@ from weightstream.prefetch.attempts import Attempts
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.memory import PAGE_BYTES
+from weightstream.prefetch.opening import is_out_of_files
 from weightstream.prefetch.residency import resident_shares
 
 __all__ = ["ByteRange", "FileSource", "Source"]
@@ -22,6 +23,10 @@ __all__ = ["ByteRange", "FileSource", "Source"]
 #: The kernel takes at most this many buffers in one call (IOV_MAX).
 _MAX_BUFFERS = 1024
 
+_NO_DIRECT_FILES = (
+    "not as many files may be open as direct reads need, two for each of the checkpoint: buffered reads used instead"
+    " (raise ulimit -n)"
+)
 _DIRECT_REFUSED = "direct I/O refused by the file system: buffered reads used instead"
 
 
@@ -64,7 +69,7 @@ class FileSource:
         config: `io` and `retries` are used. Unless `io` is `buffered`, every shard is opened for direct reads here.
         pause: waits for so many seconds before a retry and returns whether to go on (false: the load was stopped).
         on_retry: told of each repeated read.
-        on_fallback: told, once, that direct I/O was asked for and refused.
+        on_fallback: told that direct I/O was asked for and refused, or that too few files may be open for it.
     """
 
     def __init__(
@@ -82,9 +87,10 @@ class FileSource:
         self._lock = threading.Lock()
         self._wants_direct = config.io == "direct"
         self._opened: dict[int, int] = {}
+        self._direct_fds: dict[int, int] = {}  # those that still serve
         if config.io != "buffered":
             self._open_direct()
-        self._direct_fds = dict(self._opened)  # those that still serve
+        self._direct_fds.update(self._opened)
 
     def read(self, wanted: ByteRange, buffers: Sequence[memoryview]) -> None:
         """See `Source.read`.
@@ -176,11 +182,18 @@ class FileSource:
             number += 1
 
     def _open_direct(self) -> None:
-        """Open the same inodes once more, with O_DIRECT, where the file system lets us."""
+        """Open the same inodes once more, with O_DIRECT, where the file system lets us.
+
+        None of them where not as many files may be open.
+        """
         for number, shard in enumerate(self._shards):
             try:
                 self._opened[number] = os.open(f"/proc/self/fd/{shard.fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-            except OSError:
+            except OSError as error:
+                if is_out_of_files(error):  # those that are open leave no room for what else the load opens
+                    self.close()
+                    self._on_fallback(_NO_DIRECT_FILES)
+                    return
                 if self._wants_direct:
                     self._on_fallback(_DIRECT_REFUSED)
 

@@ -23,12 +23,13 @@ import torch
 
 from weightstream.device.accelerator import on_callers_device
 from weightstream.device.stage import DeviceStage
-from weightstream.errors import LoadCancelledError, MemoryBudgetError, WeightstreamError
+from weightstream.errors import LoadCancelledError, MemoryBudgetError, ReadError, WeightstreamError
 from weightstream.interpreter import no_garbage_collection, quick_thread_switches
 from weightstream.prefetch.attempts import Attempts
 from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.memory import Peak
+from weightstream.prefetch.opening import files_hint, is_out_of_files
 from weightstream.prefetch.source import Source
 from weightstream.ranks import ranked_logger
 from weightstream.scheduler.course import Filled
@@ -159,6 +160,11 @@ class Job:
         except torch.OutOfMemoryError as exc:
             error = MemoryBudgetError(f"the device has no memory left: {exc}", hint="Free some, or load elsewhere")
             error.__cause__ = exc
+        except OSError as exc:
+            error = exc
+            if is_out_of_files(exc):  # wherever something of the machine's or of the checkpoint's is looked at
+                error = ReadError(f"cannot open a file: {exc.strerror}", file=exc.filename, hint=files_hint())
+                error.__cause__ = exc
         except BaseException as exc:  # noqa: BLE001 (whatever it is belongs to those who wait for the load)
             error = exc
         if error is not None:
