@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,9 @@ __all__ = [
 
 #: The kernel's limit on a path (PATH_MAX). Longer names are refused before anything splits or resolves them.
 _MAX_NAME_BYTES = 4096
+
+#: What the Hugging Face cache calls the folder of a repository, after its kind and its name.
+_HUB_REPOSITORY = re.compile(r"(models|datasets|spaces|kernels)--.+", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +156,14 @@ def read_whole(path: Path, resolved: Path, *, what: str, most_bytes: int) -> byt
 def _is_hub_blob(root: Path, resolved: Path) -> bool:
     """Tell whether `resolved` is one of the blobs of the Hugging Face cache that `root` is a snapshot of.
 
-    The cache's layout: models--ORG--NAME/snapshots/REVISION/ holds links into models--ORG--NAME/blobs/.
+    The cache's layout: models--ORG--NAME/snapshots/REVISION/, and folders in it, hold links to files right in
+    models--ORG--NAME/blobs/. Other folders may be called `snapshots`, too, and what is beside them is not the checkpoint's.
     """
     return any(
-        parent.name == "snapshots" and resolved.is_relative_to(parent.parent / "blobs") for parent in root.parents
+        parent.name == "snapshots"
+        and _HUB_REPOSITORY.fullmatch(parent.parent.name) is not None
+        and resolved.parent == parent.parent / "blobs"
+        for parent in root.parents
     )
 
 

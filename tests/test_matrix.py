@@ -58,6 +58,7 @@ def _single_file(folder: Path, tensors: Tensors) -> Path:
 
 
 def _snapshot_of_the_hub(folder: Path, tensors: Tensors) -> Path:
+    folder = folder / "models--org--name"
     snapshot = write_checkpoint(folder / "snapshots" / "0123", tensors, num_shards=2)
     (folder / "blobs").mkdir()
     for number, file in enumerate(sorted(snapshot.iterdir())):

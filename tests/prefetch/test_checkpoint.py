@@ -319,9 +319,9 @@ def test_link_to_a_folder_whose_name_begins_alike_is_outside(folder: Path, tmp_p
         open_checkpoint(folder)
 
 
-def hub_cache(tmp_path: Path) -> Path:
+def hub_cache(tmp_path: Path, repository: str = "models--org--name") -> Path:
     """The cache of the Hugging Face hub: a snapshot whose files are links into the blobs beside it."""
-    model = tmp_path / "models--org--name"
+    model = tmp_path / repository
     snapshot = write_checkpoint(model / "snapshots" / "0123abcd", TENSORS, num_shards=2)
     (model / "blobs").mkdir()
     for number, file in enumerate(sorted(snapshot.iterdir())):
@@ -332,6 +332,30 @@ def hub_cache(tmp_path: Path) -> Path:
 
 def test_links_into_the_blobs_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
     assert names_in(hub_cache(tmp_path)) == set(TENSORS)
+
+
+@pytest.mark.parametrize("repository", ["backups", "backups/models--org--name/other", "models--"])
+def test_links_into_blobs_beside_other_folders_called_snapshots_are_outside(tmp_path: Path, repository: str) -> None:
+    with pytest.raises(CheckpointError, match="link to outside"):
+        open_checkpoint(hub_cache(tmp_path, repository))
+
+
+def test_links_into_a_folder_in_the_blobs_of_the_hub_cache_are_outside(tmp_path: Path) -> None:
+    snapshot = hub_cache(tmp_path)
+    blob = (snapshot / SECOND).resolve()
+    (blob.parent / "folder").mkdir()
+    blob.rename(blob.parent / "folder" / "x")
+    link_shard(snapshot, blob.parent / "folder" / "x")
+    with pytest.raises(CheckpointError, match="link to outside"):
+        open_checkpoint(snapshot)
+
+
+def test_links_from_a_folder_in_a_snapshot_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
+    snapshot = hub_cache(tmp_path)
+    (snapshot / "folder").mkdir()
+    for file in [one for one in snapshot.iterdir() if one.is_symlink()]:
+        (snapshot / "folder" / file.name).symlink_to(f"../../../blobs/{file.resolve().name}")
+    assert names_in(snapshot / "folder") == set(TENSORS)
 
 
 def test_blob_that_was_not_fetched_is_a_missing_shard(tmp_path: Path) -> None:
