@@ -46,21 +46,20 @@ class ReaderPool:
     Threads are daemons, so that one that hangs in a dead file system cannot keep the process alive.
 
     Args:
-        num_workers: how many threads. Where no more can be had than a few, those have to do.
+        num_workers: how many threads, from the first `attach` or `widen` on: until then nobody may be there yet to end
+            them. Where no more can be had than a few, those have to do.
         condition: guards the pool's state; `wake` notifies it.
         spawn: starts a daemon thread with a target and a name.
 
     Attributes:
         num_workers: how many there are that are not stuck.
-
-    Raises:
-        RuntimeError: not one thread can be had.
     """
 
     def __init__(
         self, num_workers: int, condition: Condition, spawn: Callable[[Callable[[], None], str], Thread]
     ) -> None:
-        self.num_workers = 1
+        self.num_workers = 0
+        self._num_wished = num_workers
         self._condition = condition
         self._spawn = spawn
         self._queues: list[ReadQueue] = []
@@ -70,11 +69,15 @@ class ReaderPool:
         self._num_started = 0
         #: Threads that are too many, because one came back that had been replaced.
         self._num_surplus = 0
-        self._add_thread()
-        self._widen(num_workers)
 
     def attach(self, queue: ReadQueue) -> None:
+        """Take reads from this queue too.
+
+        Raises:
+            RuntimeError: not one thread can be had.
+        """
         with self._condition:
+            self._start()
             self._queues.append(queue)
             self._condition.notify_all()
 
@@ -90,8 +93,13 @@ class ReaderPool:
             self._condition.notify_all()
 
     def widen(self, num_workers: int) -> None:
-        """Have so many threads at least, and make idle ones look again: more reads may go on from now on."""
+        """Have so many threads at least, and make idle ones look again: more reads may go on from now on.
+
+        Raises:
+            RuntimeError: not one thread can be had.
+        """
         with self._condition:
+            self._start()
             self._widen(num_workers)
             self._condition.notify_all()
 
@@ -116,6 +124,12 @@ class ReaderPool:
         deadline = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _start(self) -> None:
+        if not self._num_started and not self._closed:
+            self._add_thread()
+            self.num_workers = 1
+            self._widen(self._num_wished)
 
     def _widen(self, num_workers: int) -> None:
         with suppress(RuntimeError):  # this may be a reader's own thread, which must not end for it

@@ -173,7 +173,11 @@ class ConsumerSink:
 
         A tensor counts as delivered from then on: its memory is the consumer's. The calling thread's current stream may
         use it, also after it was let go. To be called by one consumer.
+
+        Raises:
+            RuntimeError: the process was forked from the engine's.
         """
+        self._engine.check_process()
         with self._lock:
             if not self._ready:
                 return None
@@ -246,6 +250,7 @@ def drain(sink: ConsumerSink) -> Iterator[tuple[str, torch.Tensor]]:
 
     Raises:
         WeightstreamError: whatever ended the load.
+        RuntimeError: the process was forked meanwhile, and this is the child.
     """
     while True:
         item = sink.next_nowait()

@@ -146,16 +146,25 @@ class Engine:
                 + ": that is the limit now"
             )
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether this process was forked from the engine's.
+
+        The engine's threads do not exist here, nor does its device context, and its locks may be held for ever. So
+        nothing of it can be used or waited for, and there is nothing to close: that is left to the parent.
+        """
+        return os.getpid() != self._pid
+
     def check_process(self) -> None:
-        """Refuse to work in a forked child: its parent's threads do not exist here, nor does its device context.
+        """Refuse to work in a forked child; see `is_foreign`.
 
         Raises:
             RuntimeError: this process is not the one that made the engine.
         """
-        if os.getpid() != self._pid:
+        if self.is_foreign:
             raise RuntimeError(
-                f"this Loader was made in process {self._pid} and cannot be used in process {os.getpid()}, which was"
-                " forked from it: make a new Loader there"
+                f"this Loader, load or iterator was made in process {self._pid} and cannot be used in process"
+                f" {os.getpid()}, which was forked from it: make a new one there"
             )
 
     def default_device(self) -> torch.device:
@@ -377,7 +386,7 @@ class Engine:
         self.close(ended_by=kind)
 
     def close(self, *, ended_by: type[BaseException] | None = None) -> None:
-        """End the threads and give the memory back. Every load must have ended.
+        """End the threads and give the memory back. Every load must have ended. In a forked child, do nothing.
 
         Reads that were given up are waited for a while, because most of them are slow and not stuck, except where
         the program is interrupted: what ends it with KeyboardInterrupt, a cancellation or the like is in haste. Those
@@ -386,6 +395,8 @@ class Engine:
         Args:
             ended_by: the exception that leaves the context; None: there is none.
         """
+        if self.is_foreign:
+            return
         if ended_by is not None and not issubclass(ended_by, Exception):
             self.stragglers.hurry()
         num_stuck = self.stragglers.wait(_CLOSE_GRACE_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, wait
@@ -86,11 +87,17 @@ def in_own_thread(
     Returns:
         Its result, and the thread, which ends right after that is there. Where no thread can be had, it has been called
         here: late is better than never.
+
+    Raises:
+        BaseException: the calling thread was interrupted. The action is called all the same.
     """
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
+    once = threading.Lock()
 
     def run() -> None:
+        if not once.acquire(blocking=False):
+            return
         try:
             future.set_result(action())
         except BaseException as error:  # noqa: BLE001 (it belongs to who waits for the future)
@@ -101,6 +108,9 @@ def in_own_thread(
     except RuntimeError:  # the operating system has none left
         run()
         return future, _Ended()
+    except BaseException:  # it is not known whether the thread is there
+        run()
+        raise
 
 
 class _Ended:
@@ -114,14 +124,19 @@ class _Ended:
 
 
 async def stop_and_settle(job: Job) -> None:
-    """Stop a job and wait until it has cleaned up, whatever happens to the waiting task meanwhile."""
+    """Stop a job and wait until it has cleaned up, whatever happens to the waiting task meanwhile.
+
+    In a forked child, do nothing; see `Engine.is_foreign`.
+    """
+    if job.is_foreign:
+        return
     job.stop()
     await insist(job.finished)
     job.finished.exception()
 
 
 class LoadHandle:
-    """A load that has passed its preflight. From `Loader.start`."""
+    """A load that has passed its preflight. From `Loader.start`. In a forked child, all of it raises RuntimeError."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -143,6 +158,7 @@ class LoadHandle:
             ValueError: there is no such tensor or module.
             WeightstreamError: the load failed or was cancelled.
         """
+        self._job.check_process()
         readiness = self._job.readiness
         if readiness.num_names <= _FEW_NAMES:
             await settle(readiness.wait_for(name))
@@ -159,6 +175,7 @@ class LoadHandle:
             WeightstreamError: the load failed; LoadCancelledError if somebody cancelled it. The model then is as it
                 was before, except for what `error.partly_written` names.
         """
+        self._job.check_process()
         return await settle(self._job.finished)
 
     async def cancel(self) -> None:
@@ -166,6 +183,7 @@ class LoadHandle:
 
         Does nothing if the load has ended. Cancellation: the load is cancelled and cleaned up all the same.
         """
+        self._job.check_process()
         await stop_and_settle(self._job)
 
     async def events(self) -> AsyncIterator[Progress]:
@@ -197,6 +215,7 @@ class TensorStream:
 
     async def report(self) -> LoadReport:
         """Wait for the end of the load, which comes after the last tensor was taken, and return its report."""
+        self._job.check_process()
         return await settle(self._job.finished)
 
     def __aiter__(self) -> Self:
@@ -209,6 +228,7 @@ class TensorStream:
 
         Raises:
             WeightstreamError: the load failed.
+            RuntimeError: the process was forked, and this is the child.
         """
         while True:
             item = self._sink.next_nowait()
@@ -221,7 +241,12 @@ class TensorStream:
             await settle(self._sink.wait())
 
     async def aclose(self) -> None:
-        """Stop reading, and wait until nothing of the load is left, nor of what it has not delivered."""
+        """Stop reading, and wait until nothing of the load is left, nor of what it has not delivered.
+
+        In a forked child, do nothing: the parent's stream goes on.
+        """
+        if self._job.is_foreign:
+            return
         self._sink.forget()
         await stop_and_settle(self._job)
 
@@ -235,8 +260,9 @@ class TensorStream:
 
 
 def _forget(job: Job, sink: ConsumerSink) -> None:
-    sink.forget()
-    job.stop()
+    if not job.is_foreign:  # or the sink's lock may be held by a thread that does not exist here
+        sink.forget()
+        job.stop()
 
 
 def events(job: Job) -> Iterator[Progress]:

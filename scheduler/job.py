@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import threading
 import traceback
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
@@ -90,6 +91,8 @@ class Job:
             future.set_running_or_notify_cancel()  # a waiter that is cancelled must not cancel them for the others
         self.readiness = Readiness()
         self._engine = engine
+        #: Held by who runs the load, or ends it without its having run: one or the other, and once.
+        self._claim = threading.Lock()
         self._path = path
         self._sink: Sink | None = sink
         self._streams = streams
@@ -111,24 +114,57 @@ class Job:
         """Start the job's thread. To be called by the thread that asks for the load, whose current device counts.
 
         Raises:
-            RuntimeError: the operating system has no thread left. The job has ended then, for everybody who waits for it.
+            RuntimeError: the operating system has no thread left.
+            BaseException: this thread was interrupted. In any case the job has ended then, for everybody who waits for
+                it.
         """
         try:
             self._engine.clock.spawn(on_callers_device(self._run), "weightstream-load")
         except BaseException as error:
-            assert self._sink is not None
-            self._end(self._sink, None, error)
+            self.end(error)  # the thread may be there all the same, if it was the wait for it that was interrupted
             raise
 
+    @property
+    def is_foreign(self) -> bool:
+        """See `Engine.is_foreign`."""
+        return self._engine.is_foreign
+
+    def check_process(self) -> None:
+        """See `Engine.check_process`."""
+        self._engine.check_process()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Stop the load and wait until nothing is left of it. In a forked child, do nothing.
+
+        Args:
+            error: what a load ends with that does not run yet, and never will; None: LoadCancelledError.
+        """
+        if self.is_foreign:
+            return
+        if self._claim.acquire(blocking=False):
+            self._end(None, error or LoadCancelledError("the load was cancelled"))
+        self.stop()
+        self.finished.exception()
+
     def stop(self, error: BaseException | None = None) -> None:
-        """Ask the load to end, from any thread, without waiting. A load that has ended takes no notice."""
+        """Ask the load to end, from any thread, without waiting.
+
+        A load that has ended takes no notice, nor does one in the parent of a forked child.
+        """
+        if self.is_foreign:
+            return
         self._stop = self._stop or error or LoadCancelledError("the load was cancelled")
         for waiting in (self._files, self._flow):
             if waiting is not None:
                 waiting.stop(self._stop)
 
     def progress(self) -> Progress:
-        """Return a snapshot, from any thread."""
+        """Return a snapshot, from any thread.
+
+        Raises:
+            RuntimeError: the process was forked from the engine's.
+        """
+        self.check_process()
         flow = self._flow
         if flow is not None:
             self._last_counts = (flow.bytes_read, flow.bytes_placed)
@@ -150,6 +186,8 @@ class Job:
             logger.warning("%s: %s", self._path, sentence)
 
     def _run(self) -> None:
+        if not self._claim.acquire(blocking=False):
+            return
         sink = self._sink
         assert sink is not None
         report: LoadReport | None = None
@@ -171,11 +209,12 @@ class Job:
             # Its frames refer to the model, and whoever keeps the error keeps them. Not later than here: once others
             # can raise it, it collects frames of theirs, and to clear a coroutine's is to end it.
             traceback.clear_frames(error.__traceback__)
-        self._end(sink, report, error)
+        del sink
+        self._end(report, error)
 
-    def _end(self, sink: Sink, report: LoadReport | None, error: BaseException | None) -> None:
+    def _end(self, report: LoadReport | None, error: BaseException | None) -> None:
         try:
-            self._tell(sink, report, error)
+            self._tell(report, error)
         finally:  # also if a handler of the program's log raises: somebody waits for these
             if report is not None:
                 self.finished.set_result(report)
@@ -184,10 +223,12 @@ class Job:
                     self.started.set_exception(error)
                 self.finished.set_exception(error)
 
-    def _tell(self, sink: Sink, report: LoadReport | None, error: BaseException | None) -> None:
+    def _tell(self, report: LoadReport | None, error: BaseException | None) -> None:
         """Let everything go, and tell all but those who wait for the end of the load."""
         bytes_read = self.progress().bytes_read  # the last counts outlive the flow
         self._flow = self._files = None
+        sink = self._sink
+        assert sink is not None
         self._sink = None  # it refers to the model: who keeps a handle must not keep the model's old tensors alive
         self._state = "failed" if report is None else "done"
         sink.end(error)

@@ -102,10 +102,15 @@ class Loader:
         await self._close(kind)
 
     async def _close(self, ended_by: type[BaseException] | None) -> None:
-        """End every load and every thread, however often the closing task is cancelled meanwhile; see `Engine.close`."""
+        """End every load and every thread, however often the closing task is cancelled meanwhile; see `Engine.close`.
+
+        In a forked child, do nothing: there are no such threads, and no event loop that runs.
+        """
         engine = self._engine
         assert self._supervisor is not None
         assert engine is not None
+        if engine.is_foreign:
+            return
         ended: Future[None] = Future()
         ended.set_running_or_notify_cancel()  # a closing task that is cancelled must not cancel it: loads still run
         self._supervisor.add_done_callback(lambda _: ended.set_result(None))

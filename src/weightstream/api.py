@@ -80,8 +80,12 @@ def load_sync(
     """
     with Engine(LoaderConfig() if config is None else config) as engine:
         job = scheduler.make_job(engine, path, ModelSink(engine, model, device_map), caller_streams(), recorder)
-        job.start()
-        return _result(job, on_progress)
+        try:
+            job.start()
+            return _result(job, on_progress)
+        except BaseException:
+            job.end()
+            raise
 
 
 def iter_tensors(
@@ -105,6 +109,7 @@ def iter_tensors(
 
     Raises:
         WeightstreamError: see `weightstream.errors`.
+        RuntimeError: the process was forked, and this is the child. Closing the iterator there does nothing.
     """
     engine = Engine(LoaderConfig() if config is None else config)
     job: Job | None = None
@@ -120,27 +125,22 @@ def iter_tensors(
                 on_progress(job.progress())
         _result(job, on_progress)
     finally:
-        ended, thread = in_own_thread(functools.partial(_end, job, engine, sys.exc_info()[0]))
-        # The garbage collector closes a forgotten iterator on whatever thread it runs, even one that has to end first.
-        if not threading.current_thread().name.startswith("weightstream-"):
-            thread.join()
-            ended.result()
+        if not engine.is_foreign:
+            ended, thread = in_own_thread(functools.partial(_end, job, engine, sys.exc_info()[0]))
+            # The garbage collector closes a forgotten iterator on whatever thread it runs, even one that must end first.
+            if not threading.current_thread().name.startswith("weightstream-"):
+                thread.join()
+                ended.result()
 
 
 def _end(job: Job | None, engine: Engine, ended_by: type[BaseException] | None) -> None:
     if job is not None:
-        job.stop()
-        job.finished.exception()
+        job.end()
     engine.close(ended_by=ended_by)
 
 
 def _result(job: Job, on_progress: Callable[[Progress], object] | None = None) -> LoadReport:
-    try:
-        if on_progress is not None:
-            for progress in events(job):
-                on_progress(progress)
-        return job.finished.result()
-    except BaseException:
-        job.stop()
-        job.finished.exception()
-        raise
+    if on_progress is not None:
+        for progress in events(job):
+            on_progress(progress)
+    return job.finished.result()

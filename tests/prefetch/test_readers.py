@@ -180,6 +180,8 @@ def test_queue_may_be_detached_twice(make_pool: Pools) -> None:
 
 def test_closing_ends_idle_threads(make_pool: Pools) -> None:
     pool = make_pool(3)
+    assert make_pool.num_alive == 0  # who makes a pool may be interrupted before anybody can close it
+    pool.attach(Reads())
     assert make_pool.num_alive == 3
     pool.close(LIMIT_S)
     assert make_pool.num_alive == 0
@@ -295,6 +297,7 @@ def test_threads_that_cannot_be_had_are_done_without() -> None:
         return thread
 
     pool = ReaderPool(8, threading.Condition(), spawn)
+    pool.attach(Reads())
     assert pool.num_workers == 3
     done = threading.Event()
     pool.attach(Reads(lambda: pool.widen(5), done.set))
@@ -306,11 +309,15 @@ def test_threads_that_cannot_be_had_are_done_without() -> None:
     assert (pool.num_workers, left[0]) == (3, 1)
     pool.close(LIMIT_S)
     left[0] = 0
+    pool = ReaderPool(8, threading.Condition(), spawn)
     with pytest.raises(RuntimeError, match="new thread"):
-        ReaderPool(8, threading.Condition(), spawn)
+        pool.attach(Reads())
+    with pytest.raises(RuntimeError, match="new thread"):
+        pool.widen(8)
 
 
 def test_threads_are_daemons_by_the_pool_s_names(make_pool: Pools) -> None:
     pool = make_pool(2)
+    pool.attach(Reads())
     pool.replace_stuck(1)
     assert [thread.name for thread in make_pool.threads] == [f"weightstream-reader-{i}" for i in range(3)]

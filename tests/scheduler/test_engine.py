@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import weightstream as ws
-from tests.builders import write_checkpoint
+from tests.builders import leaves_nothing, write_checkpoint
 from weightstream.prefetch.mapping import Prefault
 from weightstream.prefetch.readers import Thread
 from weightstream.prefetch.source import ByteRange
@@ -32,6 +32,12 @@ def test_closed_engine_holds_no_mapped_file() -> None:
     assert not work.is_done
     engine.close()
     assert work.is_done
+
+
+def test_engine_that_nobody_holds_yet_has_no_thread() -> None:
+    """Ctrl-C may come before whoever makes it can close it."""
+    with leaves_nothing():
+        Engine(ws.LoaderConfig())
 
 
 def test_another_platform_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,8 +148,7 @@ class Weights:
         try:
             report = job.finished.result()
         except BaseException:
-            job.stop()
-            job.finished.exception()
+            job.end()
             raise
         missing = set(report.missing_keys)
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -176,8 +175,7 @@ class Weights:
                 portion.clear()
             job.finished.result()
         finally:
-            job.stop()
-            job.finished.exception()
+            job.end()
         return info
 
 
