@@ -34,7 +34,7 @@ REPORT_KEYS = [
 
 #: The keys of what the other commands print with --json. As above.
 INSPECT_KEYS = ["checkpoint", "num_bytes", "num_tensors", "num_shards", "shards", "tensors"]
-VERIFY_KEYS = ["checkpoint", "ok", "num_shards", "num_bytes", "wall_s", "manifest", "shards"]
+VERIFY_KEYS = ["checkpoint", "ok", "num_shards", "num_bytes", "wall_s", "num_retries", "manifest", "shards"]
 BENCH_KEYS = [
     "checkpoint",
     "num_bytes",
