@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import repeat
-from typing import NoReturn
 
 import msgspec
 import torch
@@ -16,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from weightstream.device.config import DeviceConfig
 from weightstream.device.devicemap import DeviceMap
 from weightstream.device.dtypes import CASTABLE, destination_dtype, torch_dtype, torch_shape, unsupported
+from weightstream.device.kinds import PLAIN, check_kind, refuse_hooks
 from weightstream.device.names import NameRules
 from weightstream.device.placement import Mode, Place, Placement, Stored, tensor_of
 from weightstream.device.sharded import check_sharded, is_sharded
@@ -24,11 +24,6 @@ from weightstream.device.targets import Subtree, Target, Targets, find_targets
 from weightstream.errors import PlacementError, ShapeMismatchError
 
 __all__ = ["deliver", "match"]
-
-_PLAIN = (nn.Parameter, torch.Tensor)
-
-#: Methods of `torch.Tensor` that classes override if their storage is of a kind of its own.
-_OWN_STORAGE = ("__torch_dispatch__", "to", "cuda", "cpu")
 
 
 def deliver(stored: Mapping[str, Stored], config: DeviceConfig, device: torch.device) -> Placement:
@@ -256,18 +251,10 @@ def _check_subtrees(found: Targets) -> None:
     for subtree in found.subtrees:
         for target in subtree.targets:
             tensor = target.tensor
-            if type(tensor) not in _PLAIN and target.on_meta:
-                _check_kind(tensor, target.name)
+            if type(tensor) not in PLAIN and target.on_meta:
+                check_kind(tensor, target.name)
             if target.on_meta and (tensor._backward_hooks is not None or tensor._post_accumulate_grad_hooks):
-                _refuse_hooks(target.name)
-
-
-def _refuse_hooks(name: str) -> NoReturn:
-    raise PlacementError(
-        "the parameter is on meta and has a gradient hook, which would be lost",
-        tensor=name,
-        hint="Register hooks on parameters after loading",
-    )
+                refuse_hooks(target.name)
 
 
 def _common_device(found: Targets, config: DeviceConfig, default: torch.device) -> torch.device:
@@ -310,8 +297,8 @@ def _place(  # noqa: PLR0913 (called for each tensor: objects that hold some of 
         raise unsupported(spec.dtype, name)
     if spec.dtype == "F4":
         shape = torch_shape(spec.dtype, shape, tensor=name)
-    if type(tensor) not in _PLAIN:
-        _check_kind(tensor, name)
+    if type(tensor) not in PLAIN:
+        check_kind(tensor, name)
     if tensor.shape != shape:
         shape = _shape_in_model(tensor, shape, name)
     wanted = declared
@@ -325,7 +312,7 @@ def _place(  # noqa: PLR0913 (called for each tensor: objects that hold some of 
         if mode == "fill" and spec.stride is not None:
             mode = "stage"
     elif tensor._backward_hooks is not None or tensor._post_accumulate_grad_hooks:
-        _refuse_hooks(name)
+        refuse_hooks(name)
     return Place(name, spec.num_bytes, dtype, wanted, shape, mode, at, tensor, spec.stride, index, target)
 
 
@@ -339,7 +326,7 @@ def _mode_in_place(tensor: torch.Tensor, device: torch.device, config: DeviceCon
     if config.commit == "atomic":
         return "stage"
     plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-    if type(tensor) not in _PLAIN and is_sharded(tensor):
+    if type(tensor) not in PLAIN and is_sharded(tensor):
         return "stage"
     return "fill" if plain and tensor.device == device else "stage"
 
@@ -358,7 +345,7 @@ def _subtree_place(
         if is_sharded(target.tensor):
             check_sharded(target.tensor, name)
         if is_lazy(target.tensor):  # its hook would give it a shape, which nothing could take away again
-            _check_kind(target.tensor, name)
+            check_kind(target.tensor, name)
         if subtree.keeps_shapes:
             shape = _shape_in_model(target.tensor, shape, name)
         if subtree.keeps_shapes or (target.tensor.dtype in CASTABLE and dtype in CASTABLE):
@@ -366,28 +353,6 @@ def _subtree_place(
     position = subtree.targets[0].position if subtree.targets else 0
     tensor = None if target is None else target.tensor
     return Place(name, spec.num_bytes, dtype, wanted, shape, "stage", position, tensor, spec.stride, device, target)
-
-
-def _check_kind(tensor: torch.Tensor, name: str) -> None:
-    """Refuse tensors whose storage is not plain memory; subclasses that only add attributes or methods are fine.
-
-    A class that says itself how it is dispatched (torchao) or moved to a device (bitsandbytes quantises then) stores
-    something else than what it looks like, or will.
-    """
-    kind = type(tensor)
-    if is_sharded(tensor):
-        check_sharded(tensor, name)
-        return
-    if is_lazy(tensor):
-        raise PlacementError(
-            "the parameter has no shape yet (a lazy module)", tensor=name, hint="Run the module once before loading"
-        )
-    if any(getattr(kind, method) is not getattr(torch.Tensor, method) for method in _OWN_STORAGE):
-        raise PlacementError(
-            f"the parameter is a tensor subclass with a storage of its own kind ({kind.__module__}.{kind.__qualname__})",
-            tensor=name,
-            hint="Load the plain tensor first and wrap or quantise it afterwards",
-        )
 
 
 def _shape_in_model(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> tuple[int, ...]:

@@ -10,77 +10,30 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 import torch
 
-from weightstream.device.accelerator import AcceleratorBackend, find_device, free_bytes
-from weightstream.device.backend import Backend, HostBackend, NowhereBackend
+from weightstream.device.accelerator import free_bytes
+from weightstream.device.backend import Backend
 from weightstream.device.devicemap import DeviceMap
 from weightstream.errors import MemoryBudgetError
-from weightstream.prefetch.arena import Arena
-from weightstream.prefetch.checkpoint import Checkpoint
-from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.mapping import Prefault
 from weightstream.prefetch.memory import Budget, MemoryAccount, available_bytes, usable_cores
 from weightstream.prefetch.readers import ReaderPool
 from weightstream.prefetch.ring import Ring, slot_bytes_for
-from weightstream.prefetch.source import FileSource, Source
 from weightstream.prefetch.tuner import Setting
 from weightstream.ranks import find_ranks, ranked_logger
-from weightstream.scheduler.clock import Clock, SystemClock
 from weightstream.scheduler.config import Settings
+from weightstream.scheduler.machine import Machine
 from weightstream.scheduler.pinning import LIMITED, Pinning
 from weightstream.scheduler.plan import LoadPlan
 from weightstream.scheduler.slots import DIRECT_SLOTS, OwnSlots, slots_of_own
 from weightstream.scheduler.stragglers import Stragglers
 from weightstream.scheduler.strategy import ChosenStrategy
 
-__all__ = ["Engine", "Machine", "OpenSource"]
-
-
-class OpenSource(Protocol):
-    """Makes the source of one load; see `FileSource`."""
-
-    def __call__(
-        self,
-        checkpoint: Checkpoint,
-        config: PrefetchConfig,
-        *,
-        pause: Callable[[float], bool],
-        on_retry: Callable[[], None],
-        on_fallback: Callable[[str], None],
-    ) -> Source: ...
-
-
-def open_backend(device: torch.device) -> Backend:
-    """Make the backend of a device."""
-    if device.type == "cpu":
-        return HostBackend(Arena().allocate)
-    if device.type == "meta":
-        return NowhereBackend()
-    return AcceleratorBackend(device)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The parts of the machine that an engine works with. Tests replace them; users have no need to.
-
-    Attributes:
-        clock: time, conditions and threads.
-        open_source: where bytes come from.
-        open_backend: where they go.
-        find_device: which device a setting stands for.
-        ring: makes the ring.
-    """
-
-    clock: Clock = field(default_factory=SystemClock)
-    open_source: OpenSource = FileSource
-    open_backend: Callable[[torch.device], Backend] = open_backend
-    find_device: Callable[..., torch.device] = find_device
-    ring: type[Ring] = Ring
+__all__ = ["Engine"]
 
 
 #: Eighths of the memory that is to be had which staging may take: the rest is for everybody else. Not measured.

@@ -16,16 +16,15 @@ import functools
 import os
 import threading
 import traceback
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch
 
 from weightstream.device.accelerator import on_callers_device
-from weightstream.device.stage import DeviceStage
 from weightstream.errors import LoadCancelledError, MemoryBudgetError, ReadError, WeightstreamError
-from weightstream.interpreter import no_garbage_collection, quick_thread_switches
+from weightstream.interpreter import quick_thread_switches
 from weightstream.prefetch.attempts import Attempts
 from weightstream.prefetch.checkpoint import Checkpoint, open_checkpoint
 from weightstream.prefetch.config import PrefetchConfig
@@ -33,13 +32,12 @@ from weightstream.prefetch.memory import Peak
 from weightstream.prefetch.opening import files_hint, is_out_of_files
 from weightstream.prefetch.source import Source
 from weightstream.ranks import ranked_logger
-from weightstream.scheduler.course import Filled
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.files import Files
 from weightstream.scheduler.flow import Flow
 from weightstream.scheduler.ledger import Ledger
 from weightstream.scheduler.pipeline import Pipeline
-from weightstream.scheduler.plan import Chunk, LoadPlan
+from weightstream.scheduler.pump import Pump
 from weightstream.scheduler.readiness import Readiness
 from weightstream.scheduler.report import LoadReport, Progress, State
 from weightstream.scheduler.reporting import device_names, make_report
@@ -50,10 +48,6 @@ from weightstream.scheduler.timeline import Recorder
 __all__ = ["Job"]
 
 logger = ranked_logger(__name__)
-
-#: So many tensors of mapped files are bound at a time: some 10 ms of work.
-_AT_ONCE = 4096
-
 
 _NOT_ALL_ATOMIC = (
     "commit: atomic covers the tensors of modules that load themselves, and not what else their hooks may change"
@@ -285,14 +279,16 @@ class Job:
             self.started.set_result(None)
             try:
                 check = functools.partial(files.call, checkpoint.check_unchanged)
-                self._pump(sink, pipeline, check if prepared.decision.strategy == "preload" else None)
+                pump = Pump(sink, pipeline, self.readiness, self._ledger.recorder, self._check_stop)
+                self._state = "loading"
+                timeout_s = engine.config.scheduler.timeout_s
+                pump.run(self._deadline, timeout_s, check if prepared.decision.strategy == "preload" else None)
                 self._ledger.enter("bind")
                 self._state = "finishing"
                 check()
                 if pipeline.verification is not None:
                     pipeline.verification.check_complete()
-                with self._placing():
-                    self.readiness.mark(sink.finish())
+                pump.finish()
             except BaseException as error:
                 pipeline.end(error)
                 self._undo(sink, error)
@@ -328,67 +324,6 @@ class Job:
         files.opened.callback(source.close)
         return checkpoint, source, attempts
 
-    def _pump(self, sink: Sink, pipeline: Pipeline, check: Callable[[], None] | None) -> None:
-        """Submit what is filled and place what is copied, until everything is placed; leave nothing at work.
-
-        With a `check`, nothing in the model changes before everything has been read and that has been called.
-        """
-        timeout_s = self._engine.config.scheduler.timeout_s
-        plan, stage, flow = pipeline.plan, pipeline.stage, pipeline.flow
-        # Places without bytes are taken below, and not once more with the chunk around them.
-        parts = {**plan.parts, **dict.fromkeys(plan.empty, -1)}
-        self._state = "loading"
-        try:
-            stage.open()
-            flow.enter("bind")
-            if check is not None:
-                flow.enter("disk")
-                pipeline.start()
-                flow.wait_until_read(self._deadline, timeout_s)
-                check()
-                flow.enter("bind")
-            self.readiness.mark(sink.take(list(plan.empty)))
-            pipeline.start_prefault()
-            self._bind_given(sink, flow, plan)
-            flow.enter("pipeline")
-            if check is None:
-                pipeline.start()
-            while (step := flow.next(self._deadline, timeout_s)) is not None:
-                if isinstance(step, Filled):
-                    _submit(step, stage, flow)
-                    continue
-                with no_garbage_collection():
-                    self.readiness.mark(sink.take(_completed(step, parts)))
-                flow.bound(step)
-        except BaseException as error:
-            flow.stop(error)
-            raise
-        finally:
-            pipeline.drain()
-
-    def _bind_given(self, sink: Sink, flow: Flow, plan: LoadPlan) -> None:
-        """Place what is where it belongs already, in parts, so that others get their turn and a stop is seen."""
-        sizes = plan.layout.places
-        with (
-            no_garbage_collection()
-        ):  # over all of them: each time it is switched on again, it looks at all that is new
-            for first in range(0, len(plan.given), _AT_ONCE):
-                self._check_stop()
-                part = list(plan.given[first : first + _AT_ONCE])
-                with self._placing():
-                    self.readiness.mark(sink.take(part))
-                flow.given(sum(sizes[place].num_bytes for place in part))
-
-    @contextmanager
-    def _placing(self) -> Generator[None, None, None]:
-        """Have it recorded, if anything is, that tensors are placed that came with no chunk."""
-        recorder = self._ledger.recorder
-        if recorder is not None:
-            recorder.take_up()
-        yield
-        if recorder is not None:
-            recorder.bound()
-
     def _undo(self, sink: Sink, error: BaseException) -> None:
         written = sink.rollback()
         if written:
@@ -406,34 +341,3 @@ class Job:
 
     def _count_retry(self) -> None:
         self._num_retries += 1
-
-
-def _submit(filled: Filled, stage: DeviceStage, flow: Flow) -> None:
-    if not stage.copies:
-        flow.dropped(filled)
-        return
-    filled.slot.segment.settled.wait()
-    try:
-        event = stage.submit(filled.chunk.transfer, filled.slot.view, filled.shift)
-    except BaseException:
-        flow.not_submitted(filled)
-        raise
-    flow.submitted(filled, event)
-
-
-def _completed(chunks: list[Chunk], parts: dict[int, int]) -> list[int]:
-    """Return the places whose last bytes came with these chunks.
-
-    `parts` counts down for places that lie in several chunks, which only the first and the last of a chunk can; a
-    place without bytes has -1 there, and is never returned.
-    """
-    done: list[int] = []
-    for chunk in chunks:
-        first, stop = chunk.transfer.first, chunk.transfer.stop
-        if first == stop:  # read to be verified, and for nothing else
-            continue
-        for edge in {first, stop - 1}:
-            if edge in parts:
-                parts[edge] -= 1
-        done += [place for place in range(first, stop) if not parts.get(place)] if parts else range(first, stop)
-    return done

@@ -20,7 +20,7 @@ from weightstream.device.config import UserMap
 from weightstream.ranks import ranked_logger
 from weightstream.scheduler.config import Settings
 from weightstream.scheduler.consumer import ConsumerSink
-from weightstream.scheduler.engine import Engine, Machine
+from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.handle import (
     LoadHandle,
     TensorStream,
@@ -31,6 +31,7 @@ from weightstream.scheduler.handle import (
     stop_and_settle,
 )
 from weightstream.scheduler.job import Job
+from weightstream.scheduler.machine import Machine
 from weightstream.scheduler.report import LoadReport, Progress
 from weightstream.scheduler.sinks import ModelSink, NowhereSink, Sink
 from weightstream.scheduler.timeline import Recorder

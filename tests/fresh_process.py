@@ -23,7 +23,7 @@ from torch import nn
 import weightstream as ws
 from tests.fakes.accelerator import DistantAccelerator
 from weightstream.prefetch.checkpoint import open_checkpoint
-from weightstream.scheduler.engine import Machine
+from weightstream.scheduler.machine import Machine
 
 
 def memory_bytes(field: str) -> int:

@@ -24,7 +24,7 @@ from weightstream.device.backend import Backend
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.source import ByteRange, FileSource
-from weightstream.scheduler.engine import Machine, open_backend
+from weightstream.scheduler.machine import Machine, open_backend
 
 KIB = 1024
 FIRST, SECOND = shard_name(0, 2), shard_name(1, 2)

@@ -18,7 +18,7 @@ from tests.builders import INDEX, flip, shard_name, write_checkpoint, write_inde
 from tests.documents import ROOT, blocks
 from weightstream import errors
 from weightstream.prefetch.source import ByteRange, FileSource
-from weightstream.scheduler.engine import Machine
+from weightstream.scheduler.machine import Machine
 
 PAGE = "docs/errors.md"
 SECOND = shard_name(1, 2)

@@ -17,9 +17,10 @@ from weightstream.device.accelerator import caller_streams
 from weightstream.device.config import UserMap
 from weightstream.scheduler import loader as scheduler
 from weightstream.scheduler.consumer import ConsumerSink, drain
-from weightstream.scheduler.engine import Engine, Machine
+from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.handle import EVENT_INTERVAL_S, events, in_own_thread
 from weightstream.scheduler.job import Job
+from weightstream.scheduler.machine import Machine
 from weightstream.scheduler.report import LoadReport, Progress
 from weightstream.scheduler.sinks import ModelSink
 from weightstream.scheduler.timeline import Recorder

@@ -19,9 +19,10 @@ from weightstream.device.backend import HostBackend
 from weightstream.errors import PlacementError
 from weightstream.prefetch.arena import Arena
 from weightstream.scheduler import consumer
-from weightstream.scheduler.engine import Engine, Machine
+from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.handle import in_own_thread
 from weightstream.scheduler.loader import make_job
+from weightstream.scheduler.machine import Machine
 from weightstream.scheduler.sinks import ModelSink
 
 

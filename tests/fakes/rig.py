@@ -16,7 +16,7 @@ from weightstream.config import LoaderConfig
 from weightstream.device.accelerator import find_device
 from weightstream.device.backend import Backend
 from weightstream.prefetch.ring import Ring, RingStatistics, slot_bytes_for
-from weightstream.scheduler import engine
+from weightstream.scheduler import machine
 
 __all__ = ["KIB", "Rig"]
 
@@ -65,7 +65,7 @@ class Rig:
                 super().__init__(*args)
                 rings.append(self)
 
-        self.machine = engine.Machine(
+        self.machine = machine.Machine(
             clock=self.clock,
             open_source=self.disk.open,
             open_backend=self._open_backend,
@@ -128,5 +128,5 @@ class Rig:
         if str(device) in self.several:
             return self.several[str(device)]
         if self.device == "host" or device.type == "meta":
-            return engine.open_backend(device)
+            return machine.open_backend(device)
         return self.accelerator

@@ -17,8 +17,9 @@ from tests.fakes.ring import PoisonedRing
 from tests.models import SmallNet, tensors_of
 from weightstream.api import Loader
 from weightstream.errors import LoadCancelledError
-from weightstream.scheduler.engine import Engine, Machine, open_backend
+from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.handle import in_own_thread, settle
+from weightstream.scheduler.machine import Machine, open_backend
 
 KIB = 2**10
 

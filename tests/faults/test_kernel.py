@@ -20,7 +20,7 @@ from tests.fakes.fixtures import requires_fuse
 from tests.fakes.ring import PoisonedRing
 from weightstream.api import Loader
 from weightstream.errors import IntegrityError, LoadTimeoutError, ReadError
-from weightstream.scheduler.engine import Machine, open_backend
+from weightstream.scheduler.machine import Machine, open_backend
 
 pytestmark = requires_fuse
 

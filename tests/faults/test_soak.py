@@ -20,7 +20,7 @@ from tests.fakes.accelerator import FakeAccelerator
 from tests.fakes.ring import PoisonedRing
 from tests.models import SmallNet, tensors_of
 from weightstream.api import Loader
-from weightstream.scheduler.engine import Machine, open_backend
+from weightstream.scheduler.machine import Machine, open_backend
 
 #: Memory and threads are compared with what they are after so many loads.
 NUM_FIRST = 10

@@ -14,7 +14,7 @@ from tests.fakes.accelerator import FakeAccelerator
 from weightstream.api import Loader
 from weightstream.config import LoaderConfig
 from weightstream.device.config import DeviceConfig
-from weightstream.scheduler.engine import Machine
+from weightstream.scheduler.machine import Machine
 from weightstream.scheduler.report import LoadReport
 
 

@@ -16,7 +16,8 @@ from weightstream.prefetch.mapping import Prefault
 from weightstream.prefetch.readers import Thread
 from weightstream.prefetch.source import ByteRange
 from weightstream.scheduler.clock import SystemClock
-from weightstream.scheduler.engine import Engine, Machine
+from weightstream.scheduler.engine import Engine
+from weightstream.scheduler.machine import Machine
 
 
 def test_closed_engine_holds_no_mapped_file() -> None:

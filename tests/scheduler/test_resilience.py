@@ -27,8 +27,8 @@ from weightstream.errors import LoadTimeoutError
 from weightstream.prefetch.readers import Thread
 from weightstream.scheduler import pinning
 from weightstream.scheduler.clock import SystemClock
-from weightstream.scheduler.engine import Machine
 from weightstream.scheduler.loader import Loader as SchedulerLoader
+from weightstream.scheduler.machine import Machine
 
 MIB = 2**20
 
