@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,10 @@ import weightstream as ws
 from tests.builders import assert_same, entry, leaves_nothing, raw_file, write_checkpoint, write_in_order
 from tests.fakes.rig import Rig
 from tests.models import SmallNet, tensors_of
+from weightstream.prefetch import mapping
 from weightstream.prefetch.checkpoint import Checkpoint
+from weightstream.prefetch.source import ByteRange
+from weightstream.scheduler import pipeline
 
 MakeRig = Callable[..., Rig]
 
@@ -167,3 +171,28 @@ async def test_load_that_fails_lets_the_files_go(
         gc.collect()
         assert not any(str(path) in one for one in mapped_files())
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_files_are_brought_in_in_the_order_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not in that of the file, which has them the other way round; in pieces of a chunk."""
+    tensors = {f"t{number}": torch.full((1024, 1024), float(number)) for number in range(4)}
+    path = write_checkpoint(tmp_path / "c", tensors)
+    brought_in: list[float] = []
+
+    class AtOnce(mapping.Prefault):
+        """Brings everything in when it is made."""
+
+        def __init__(self, mappings: Sequence[memoryview], ranges: Sequence[ByteRange]) -> None:
+            super().__init__(mappings, ranges)
+            while (work := self.take()) is not None:
+                work()
+
+    def note(memory: memoryview) -> None:
+        brought_in.extend(torch.frombuffer(memory, dtype=torch.float32)[:: 1024 * 1024].tolist())
+
+    chunk: Any = {"chunk": "4MiB"}
+    settings = ws.LoaderConfig(strategy="map", prefetch=chunk)
+    monkeypatch.setattr(mapping, "populate", note)
+    monkeypatch.setattr(pipeline, "Prefault", AtOnce)
+    ws.load_sync(meta_model(dict(reversed(tensors.items()))), path, config=settings)
+    assert brought_in == [3.0, 2.0, 1.0, 0.0]
