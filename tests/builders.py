@@ -148,7 +148,7 @@ def flip(file: Path, position: int) -> None:
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
     """A tensor's bytes, in the order of its elements."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -26,9 +26,9 @@ Tensors = Mapping[str, torch.Tensor]
 
 #: Strategy -> the devices that it serves; `several`: two accelerators and the host at once.
 STRATEGIES: dict[str, tuple[DeviceKind | Literal["several"], ...]] = {
-    "stream": ("host", "fake", "several"),
-    "preload": ("host", "fake", "several"),
-    "direct": ("host", "fake", "several"),
+    "stream": ("host", "fake", "several", "cuda"),
+    "preload": ("host", "fake", "several", "cuda"),
+    "direct": ("host", "fake", "several", "cuda"),
     "map": ("host",),
 }
 
@@ -279,6 +279,19 @@ def built(case: Case) -> nn.Module:
     return case.build()
 
 
+def built_on(device: str, case: Case) -> nn.Module:
+    """The model of a case with those values, made on a device: to move it there would tear views from what they are of."""
+    model = built(case)
+    if device == "cpu":
+        return model
+    with torch.device(device):
+        there = case.build()
+    values = model.state_dict()
+    for name, tensor in there.state_dict().items():
+        tensor.copy_(values[name])
+    return there
+
+
 def put_on_meta(model: nn.Module, pattern: str) -> None:
     """Replace tensors whose names match by tensors on meta, and keep ties."""
     replaced: dict[torch.Tensor, torch.Tensor] = {}
@@ -314,7 +327,11 @@ def kind(request: pytest.FixtureRequest) -> Format:
 
 
 @pytest.fixture(
-    params=[(strategy, device) for strategy, devices in STRATEGIES.items() for device in devices], ids="-".join
+    params=[
+        pytest.param((strategy, device), id=f"{strategy}-{device}", marks=pytest.mark.gpu if device == "cuda" else ())
+        for strategy, devices in STRATEGIES.items()
+        for device in devices
+    ]
 )
 def machine(request: pytest.FixtureRequest) -> Generator[tuple[Rig, str], None, None]:
     """A machine, and the strategy to use there."""
@@ -329,9 +346,9 @@ async def test_model_is_what_torch_makes_of_it(
     write: Write, machine: tuple[Rig, str], kind: Format, case: Case
 ) -> None:
     path, state, expected = write(kind, case)
-    model = built(case)
-    put_on_meta(model, case.to_meta)
     rig, strategy = machine
+    model = built_on(rig.target, case)
+    put_on_meta(model, case.to_meta)
     devices = spread(model) if rig.several else {}
     settings = {**case.settings, "device_map": devices} if devices else case.settings
     async with rig.loader(strategy=strategy, **settings) as loader:

@@ -30,9 +30,9 @@ def make_rig() -> Generator[Callable[..., Rig], None, None]:
         rig.close()
 
 
-@pytest.fixture(params=["host", "fake"])
+@pytest.fixture(params=["host", "fake", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
-    """The real host, and the fake accelerator."""
+    """The real host, the fake accelerator, and CUDA where there is one."""
     return str(request.param)
 
 

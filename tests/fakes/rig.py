@@ -22,14 +22,14 @@ __all__ = ["KIB", "Rig"]
 
 KIB = 1024
 
-DeviceKind = Literal["host", "fake"]
+DeviceKind = Literal["host", "fake", "cuda"]
 
 
 class Rig:
     """Put together from a virtual clock, a disk, a poisoned ring, and the real host or a fake accelerator.
 
     Args:
-        device: `host`: the real backend of host memory. `fake`: an accelerator.
+        device: `host`: the real backend of host memory. `fake`: an accelerator. `cuda`: a real one, the first.
         io: layout of the chunks; see `Disk`.
         read_bytes_per_s, copy_bytes_per_s: speeds in virtual time.
         latency_s: of each read.
@@ -50,6 +50,8 @@ class Rig:
         several: Sequence[str] = (),
     ) -> None:
         self.device = device
+        #: Where parameters on meta go.
+        self.target = "cuda:0" if device == "cuda" else "cpu"
         self.io = io
         self.clock = VirtualClock()
         self.disk = Disk(self.clock, bytes_per_s=read_bytes_per_s, latency_s=latency_s, io=io)
@@ -106,7 +108,7 @@ class Rig:
             "strategy": strategy,
             "prefetch": prefetch,
             "scheduler": scheduler or {},
-            "device": {"target": "auto" if "device_map" in device else "cpu", **device},
+            "device": {"target": "auto" if "device_map" in device else self.target, **device},
         }
         return Loader(LoaderConfig(**sections), machine=self.machine)
 
@@ -127,6 +129,6 @@ class Rig:
     def _open_backend(self, device: torch.device) -> Backend:
         if str(device) in self.several:
             return self.several[str(device)]
-        if self.device == "host" or device.type == "meta":
+        if self.device != "fake" or device.type == "meta":
             return machine.open_backend(device)
         return self.accelerator

@@ -1,8 +1,8 @@
 """Programs that end in the middle of a load, each a child of one that has imported everything and done nothing.
 
-    python leaving.py CHECKPOINT COUNT
+    python leaving.py CHECKPOINT COUNT DEVICE
 
-Every way to end is tried so often. What is printed is JSON: for each way, how its processes ended and what they wrote.
+Loads go to DEVICE, as torch writes it. Every way to end is tried so often. What is printed is JSON: for each way, how its processes ended and what they wrote.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CONFIG = ws.LoaderConfig.model_validate(
     {
         "strategy": "stream",
         "prefetch": {"io": "buffered", "chunk": "64KiB", "workers": 4, "host_memory": "2MiB"},
-        "device": {"target": "cpu"},
+        "device": {"target": sys.argv[-1] if __name__ == "__main__" else "cpu"},
     }
 )
 
@@ -130,7 +130,7 @@ def lead(how: str, path: str) -> None:
 
 
 def main() -> None:
-    path, count = sys.argv[1:]
+    path, count, _ = sys.argv[1:]
     found: dict[str, list[tuple[int, str]]] = {}
     for how in list(EXPECTED) * int(count):
         with tempfile.TemporaryFile("w+") as written:

@@ -31,12 +31,21 @@ def fixture_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_in_order(tmp_path_factory.mktemp("cancelled"), TENSORS, num_shards=2)
 
 
-@pytest.fixture(name="machine", params=["host", "fake"])
-def fixture_machine(request: pytest.FixtureRequest) -> Generator[Machine, None, None]:
+@pytest.fixture(name="device", params=["host", "fake", pytest.param("cuda", marks=pytest.mark.gpu)])
+def fixture_device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(name="machine")
+def fixture_machine(device: str) -> Generator[Machine, None, None]:
     accelerator = FakeAccelerator(bytes_per_s=2e9)
-    yield Machine(open_backend=open_backend if request.param == "host" else lambda _: accelerator, ring=PoisonedRing)
+    yield Machine(open_backend=(lambda _: accelerator) if device == "fake" else open_backend, ring=PoisonedRing)
     accelerator.close()
     assert accelerator.hazards == []
+
+
+def target_of(device: str) -> str:
+    return "cuda" if device == "cuda" else "cpu"
 
 
 def on_meta() -> SmallNet:
@@ -68,7 +77,8 @@ async def cancel_task(loader: Loader, path: Path, delay_s: float) -> None:
 
 async def cancel_in_place(loader: Loader, path: Path, delay_s: float) -> None:
     """Into parameters that have storage: what was changed is named, and nothing is changed any more afterwards."""
-    model = SmallNet()
+    with torch.device(loader._config.device.target):
+        model = SmallNet()
     before = contents(model)
     handle = await loader.start(model, path)
     await asyncio.sleep(delay_s)
@@ -117,10 +127,10 @@ async def until_back(engine: Engine) -> None:
     thread.join()
 
 
-async def cancel_many(machine: Machine, path: Path, choose: random.Random, count: int, io: str) -> None:
+async def cancel_many(machine: Machine, device: str, path: Path, choose: random.Random, count: int, io: str) -> None:
     """Cancel so many loads, several of them at a time now and then."""
     prefetch = {"chunk": 64 * KIB, "workers": 3, "io": io, "host_memory": 8 * 2**20}  # two streams at once
-    config = ws.LoaderConfig.model_validate({"prefetch": prefetch, "device": {"target": "cpu"}})
+    config = ws.LoaderConfig.model_validate({"prefetch": prefetch, "device": {"target": target_of(device)}})
     async with Loader(config, machine=machine) as loader:
         loop = asyncio.get_running_loop()
         await loader.load(on_meta(), path)  # the first one imports and begins threads
@@ -158,16 +168,16 @@ async def cancel_many(machine: Machine, path: Path, choose: random.Random, count
 
 @pytest.mark.parametrize("io", ["buffered", "direct"])
 def test_loads_that_are_cancelled_at_any_moment_leave_nothing(
-    machine: Machine, path: Path, choose: random.Random, io: str
+    machine: Machine, device: str, path: Path, choose: random.Random, io: str
 ) -> None:
     with leaves_nothing():
-        asyncio.run(cancel_many(machine, path, choose, 15, io))
+        asyncio.run(cancel_many(machine, device, path, choose, 15, io))
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("io", ["buffered", "direct"])
 def test_a_thousand_loads_that_are_cancelled_leave_nothing(
-    machine: Machine, path: Path, choose: random.Random, io: str
+    machine: Machine, device: str, path: Path, choose: random.Random, io: str
 ) -> None:
     with leaves_nothing():
-        asyncio.run(cancel_many(machine, path, choose, 1000, io))
+        asyncio.run(cancel_many(machine, device, path, choose, 1000, io))

@@ -54,11 +54,12 @@ def fixture_io(request: pytest.FixtureRequest) -> str:
 Run = Callable[..., ws.LoadReport]
 
 
-@pytest.fixture(name="run", params=["host", "fake"])
+@pytest.fixture(name="run", params=["host", "fake", pytest.param("cuda", marks=pytest.mark.gpu)])
 def fixture_run(request: pytest.FixtureRequest, io: str) -> Generator[Run, None, None]:
     """Loads a model, several times by one loader, onto the host and onto the fake accelerator."""
     accelerator = FakeAccelerator()
-    backend = open_backend if request.param == "host" else lambda _: accelerator
+    backend = (lambda _: accelerator) if request.param == "fake" else open_backend
+    target = "cuda" if request.param == "cuda" else "cpu"
     machine = Machine(open_backend=backend, ring=PoisonedRing)
 
     def run(
@@ -78,7 +79,7 @@ def fixture_run(request: pytest.FixtureRequest, io: str) -> Generator[Run, None,
                 "retries": RETRIES,
                 "stall_s": 0.3,
             }
-            config = ws.LoaderConfig.model_validate({"prefetch": prefetch, "device": {"target": "cpu"}})
+            config = ws.LoaderConfig.model_validate({"prefetch": prefetch, "device": {"target": target}})
             async with Loader(config, machine=machine) as loader:
                 for path in paths[:-1]:
                     with pytest.raises(ws.WeightstreamError) as caught:

@@ -13,10 +13,11 @@ from tests.builders import SINGLE, write_sparse
 from tests.faults.leaving import EXPECTED
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("count", [1, pytest.param(100, marks=pytest.mark.soak)])
-def test_process_that_ends_in_mid_load_ends_well(tmp_path: Path, count: int) -> None:
+def test_process_that_ends_in_mid_load_ends_well(tmp_path: Path, count: int, device: str) -> None:
     write_sparse(tmp_path / SINGLE, [(f"w{i}", "F32", [2**18]) for i in range(64)])
-    command = [sys.executable, str(Path(__file__).with_name("leaving.py")), str(tmp_path), str(count)]
+    command = [sys.executable, str(Path(__file__).with_name("leaving.py")), str(tmp_path), str(count), device]
     done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=100 * count)
     assert done.returncode == 0, done.stderr
     found: dict[str, list[tuple[int, str]]] = json.loads(done.stdout)

@@ -29,11 +29,14 @@ MOST_GROWTH = 0.01
 TENSORS = tensors_of(SmallNet())
 
 
-async def load_many(machine: Machine, path: str, count: int, per_loader: int) -> list[tuple[int, int, int]]:
-    """Load so many times; return bytes resident, threads and descriptors after the first few, and at the end."""
-    sections = {"prefetch": {"chunk": "64KiB", "workers": 3, "host_memory": "1MiB"}, "device": {"target": "cpu"}}
+async def load_many(machine: Machine, target: str, path: str, count: int, per_loader: int) -> list[tuple[int, ...]]:
+    """Load so many times.
+
+    Return bytes resident, threads, descriptors and bytes on the device after the first few, and at the end.
+    """
+    sections = {"prefetch": {"chunk": "64KiB", "workers": 3, "host_memory": "1MiB"}, "device": {"target": target}}
     config = ws.LoaderConfig.model_validate(sections)
-    seen: list[tuple[int, int, int]] = []
+    seen: list[tuple[int, ...]] = []
     for begin in range(0, count, per_loader):
         async with Loader(config, machine=machine) as loader:
             for number in range(begin, min(begin + per_loader, count)):
@@ -44,15 +47,18 @@ async def load_many(machine: Machine, path: str, count: int, per_loader: int) ->
                     assert_same(model.large.weight.detach(), TENSORS["large.weight"])
                     del model
                     gc.collect()
-                    seen.append((psutil.Process().memory_info().rss, threading.active_count(), len(open_files())))
+                    on_device = torch.cuda.memory_allocated() if target == "cuda" else 0
+                    resident = psutil.Process().memory_info().rss
+                    seen.append((resident, threading.active_count(), len(open_files()), on_device))
     return seen
 
 
 def main(device: str, path: str, count: str, per_loader: str) -> None:
     """Be the process that loads many times."""
     accelerator = FakeAccelerator()
-    machine = Machine(open_backend=open_backend if device == "host" else lambda _: accelerator, ring=PoisonedRing)
-    found = asyncio.run(load_many(machine, path, int(count), int(per_loader)))
+    backend = (lambda _: accelerator) if device == "fake" else open_backend
+    machine = Machine(open_backend=backend, ring=PoisonedRing)
+    found = asyncio.run(load_many(machine, "cuda" if device == "cuda" else "cpu", path, int(count), int(per_loader)))
     accelerator.close()
     assert accelerator.hazards == []
     print(json.dumps(found))  # noqa: T201
@@ -60,7 +66,7 @@ def main(device: str, path: str, count: str, per_loader: str) -> None:
 
 @pytest.mark.parametrize("count", [42, pytest.param(500, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("per_loader", [7, 1000], ids=["new loaders", "one loader"])
-@pytest.mark.parametrize("device", ["host", "fake"])
+@pytest.mark.parametrize("device", ["host", "fake", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_loads_leave_no_memory_behind(tmp_path: Path, device: str, per_loader: int, count: int) -> None:
     """In a process of their own, with the allocator as it is."""
     path = write_in_order(tmp_path, TENSORS, num_shards=2)
