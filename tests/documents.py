@@ -1,17 +1,19 @@
 """The documents, and the fenced blocks in them.
 
-A block says by its language what it is, and with that how `test_documents.py` tries it. One that is not tried has a
-line before it that says why: `<!-- not run: needs two machines -->`.
+A block says by its language what it is, and with that how `test_documents.py` tries it. One that needs more than that has
+a line before it that names the test which tries it: `<!-- tried by tests/integrations/test_vllm_page.py -->`.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DOCUMENTS", "ROOT", "Block", "blocks"]
+__all__ = ["DOCUMENTS", "ROOT", "Block", "blocks", "commands_in"]
 
 ROOT = Path(__file__).parents[1]
 #: Every document, from the root of the repository.
@@ -20,7 +22,7 @@ DOCUMENTS = sorted(
 )
 
 _FENCED = re.compile(
-    r"(?:^ *<!-- not run: (?P<reason>[^\n]+) -->\n\s*)?"
+    r"(?:^ *<!-- tried by (?P<tried_by>\S+) -->\n\s*)?"
     r"^(?P<indent> *)```(?P<language>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$",
     re.DOTALL | re.MULTILINE,
 )
@@ -28,13 +30,13 @@ _FENCED = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block. `reason`: why it is not run, if it is not."""
+    """A fenced block. `tried_by`: the file of the test that tries it, where that is not `test_documents.py`."""
 
     document: str
     line: int
     language: str
     text: str
-    reason: str | None
+    tried_by: str | None
 
     def __str__(self) -> str:
         return f"{self.document}:{self.line}"
@@ -49,8 +51,15 @@ def blocks(document: str, *languages: str) -> list[Block]:
             text.count("\n", 0, match.start("text")),
             match["language"],
             textwrap.dedent(match["text"]),
-            match["reason"],
+            match["tried_by"],
         )
         for match in _FENCED.finditer(text)
     ]
     return [block for block in found if not languages or block.language in languages]
+
+
+def commands_in(block: Block) -> Iterator[list[str]]:
+    """The words of each command of a block: lines after `$`, where a backslash at the end goes on in the next."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        if line.startswith("$ "):
+            yield shlex.split(line[2:], comments=True)

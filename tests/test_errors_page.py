@@ -20,7 +20,6 @@ from weightstream import errors
 from weightstream.prefetch.source import ByteRange, FileSource
 from weightstream.scheduler.machine import Machine
 
-PAGE = "docs/errors.md"
 SECOND = shard_name(1, 2)
 
 
@@ -168,12 +167,13 @@ PROVOKED: dict[type[ws.WeightstreamError], Callable[[Path], None]] = {
 
 
 def sections() -> list[str]:
-    return re.findall(r"^### (\w+Error)$", (ROOT / PAGE).read_text(), re.MULTILINE)
+    return re.findall(r"^### (\w+Error)$", (ROOT / "docs/errors.md").read_text(), re.MULTILINE)
 
 
 def test_every_class_has_its_section() -> None:
     assert sorted([*sections(), "WeightstreamError"]) == errors.__all__
     assert {cls.__name__ for cls in PROVOKED} == set(sections())
+    assert len(PROVOKED) == len(messages()), "each message on the page is one that comes"
 
 
 @pytest.mark.parametrize("cls", PROVOKED, ids=lambda cls: cls.__name__)
@@ -183,7 +183,11 @@ def test_message_on_the_page_is_the_one_that_comes(cls: type[ws.WeightstreamErro
         PROVOKED[cls](folder)
     assert type(caught.value) is cls
     message = str(caught.value).replace(str(folder), "/models/my-model")
-    assert comparable(message) in [comparable(block.text.rstrip("\n")) for block in blocks(PAGE, "text")]
+    assert comparable(message) in messages()
+
+
+def messages() -> set[str]:
+    return {comparable(block.text.rstrip("\n")) for block in blocks("docs/errors.md", "text")}
 
 
 def comparable(message: str) -> str:

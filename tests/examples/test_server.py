@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from tests.builders import flip, write_sums
+from tests.documents import blocks, commands_in
 from tests.fakes.filesystem import Behaviour, Fault, Speed, mounted
 from tests.fakes.fuse import why_not
 
@@ -231,3 +232,13 @@ def test_short_server_serves_when_its_weights_are_there(checkpoint: Path) -> Non
         server.until("/docs", lambda answer: answer.status_code == 200)
         answer = server.client.post("/next-token", json=PROMPT)
         assert answer.json() == expected_tokens(checkpoint, 1)[-1]
+
+
+def test_command_of_the_documentation_serves(tmp_path: Path, checkpoint: Path) -> None:
+    (block,) = [block for block in blocks("docs/server.md", "console") if block.tried_by]
+    ((python, program, *arguments),) = commands_in(block)
+    assert python == "python"
+    config = str(configured(tmp_path, checkpoint))
+    words = [config if word == "model.yaml" else word for word in arguments]
+    with serving(EXAMPLES.parent / program, *words) as server:  # the port that comes last counts
+        server.until("/health/ready", lambda answer: answer.status_code == 200)

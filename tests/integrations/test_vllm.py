@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.documents import blocks
+from tests.documents import blocks, commands_in
 from tests.real.families import save_small
 
 pytestmark = [
@@ -175,3 +175,17 @@ def test_example_in_the_documentation_runs(tmp_path: Path) -> None:
     found = run_program([tmp_path / "example.py"], tmp_path)
     assert found.returncode == 0, found.stderr[-3000:]
     assert "GB, onto cpu" in found.stderr + found.stdout
+
+
+def test_commands_of_the_documentation_are_understood() -> None:
+    """By vLLM's own parser, as far as it is the engine's."""
+    arguments = import_module("vllm.engine.arg_utils")
+    parser = arguments.EngineArgs.add_cli_args(arguments.FlexibleArgumentParser())
+    import_module("vllm.plugins").load_general_plugins()
+    for block in blocks("docs/integrations/vllm.md", "console"):
+        for words in commands_in(block):
+            assert words[:2] == ["vllm", "serve"]
+            options = parser.parse_args(["--model", *words[2:]])
+            config = arguments.EngineArgs.from_cli_args(options).create_load_config()
+            loader = import_module("vllm.model_executor.model_loader").get_model_loader(config)
+            assert type(loader).__name__ == "WeightstreamLoader"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from tests.builders import assert_same, leaves_nothing, write_in_order
+from tests.documents import blocks
 from tests.fakes.accelerator import FakeAccelerator
 from tests.fakes.rig import KIB, Rig
 from tests.models import SmallNet, tensors_of
@@ -307,3 +310,35 @@ async def test_tensor_without_a_device_is_named(make_rig: MakeRig, saved: Saved)
         with pytest.raises(PlacementError) as caught:
             await loader.load(on_meta(), path)
     assert caught.value.tensor == "flag"
+
+
+class Decoder(nn.Module):
+    """With the names of large language models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(21))
+        self.lm_head = nn.Linear(4, 8, bias=False)
+
+
+async def test_map_of_the_documentation_is_followed(make_rig: MakeRig, tmp_path: Path) -> None:
+    """Accelerators 0 and 1 of the page are fakes."""
+    (block,) = blocks("docs/device_map.md", "python")
+    rig = make_rig("host", several=[ONE, TWO])
+    tensors = tensors_of(Decoder())
+    write_in_order(tmp_path / "path/to/checkpoint", tensors)
+    with torch.device("meta"):
+        model = Decoder()
+
+    async def load(model: nn.Module, path: str, device_map: dict[str, int | str]) -> object:
+        fakes: dict[int | str, str] = {0: ONE, 1: TWO}
+        found = {name: fakes.get(device, str(device)) for name, device in device_map.items()}
+        async with rig.loader(device_map=found) as loader:
+            return await loader.load(model, tmp_path / path)
+
+    names: dict[str, Any] = {"ws": SimpleNamespace(load=load), "model": model}
+    await eval(compile(block.text, str(block), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), names)
+    assert_loaded(model, tensors)
+    assert names["report"].device == f"{ONE}, {TWO}, cpu"
+    assert num_submitted(rig.several[ONE]) > 0 < num_submitted(rig.several[TWO])
