@@ -1,5 +1,3 @@
-# pyright: reportPrivateUsage=false
-# `nn.Module` has no public way to look a tensor up where it is registered.
 """Binding: parameters take the tensors that were loaded, and give them back if the load fails.
 
 A parameter on meta stays the object that it is: only what is behind it is exchanged, as `torch.utils.swap_tensors` does
@@ -15,18 +13,18 @@ which only a device that breaks can stop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple, cast
+from collections.abc import Iterable
 
 import torch
-from torch import nn
 
 from weightstream.device.accelerator import foreach_copy
 from weightstream.device.exchange import exchange as _exchange
 from weightstream.device.placement import Place, Placement, tensor_of
+from weightstream.device.selfloading import Keys, load_module, restore
 from weightstream.device.sharded import is_sharded, local_parts, split_like
 from weightstream.device.stage import DeviceStage
-from weightstream.device.targets import Site, Subtree, Target
+from weightstream.device.targets import Subtree
+from weightstream.device.turns import Turn
 from weightstream.errors import PlacementError
 from weightstream.ranks import ranked_logger
 
@@ -55,6 +53,8 @@ class Binder:
         #: What to put back: names as in `written`, tensors, and copies of them.
         self._originals: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         self._staged: dict[str, torch.Tensor] = {}
+        #: What modules that came in turns said, by their identity; looked at in the end, in the order of the model.
+        self._said: dict[int, Keys] = {}
         self._sharded = {place.name for place in placement.sharded}
         self._adopted: list[torch.Tensor] = []
         self._on_meta: list[torch.Tensor] = []
@@ -104,6 +104,19 @@ class Binder:
         copies: list[torch.Tensor] = []
         self._stage.run(lambda: copies.append(view.contiguous()))
         return copies[0]
+
+    def place(self, turn: Turn) -> list[str]:
+        """Place a turn, all of which has been bound; return the names that became usable. Its tensors are gone then.
+
+        What a module says of missing and unexpected keys counts at the end, as with modules that do not come in turns.
+
+        Raises:
+            PlacementError: a module's own hooks failed.
+        """
+        ready: list[str] = []
+        self._stage.run(lambda: self._place(turn, ready))
+        self._stage.free(turn.beside)
+        return ready
 
     def finish(self) -> list[str]:
         """Place what could not be placed tensor by tensor, or everything; return the names that became usable.
@@ -162,8 +175,16 @@ class Binder:
             note_on_meta(other)  # which is what the parameter was before
 
     @torch.no_grad()
+    def _place(self, turn: Turn, ready: list[str]) -> None:
+        if turn.subtree is not None:
+            self._said[id(turn.subtree)] = self._load_subtree(turn.subtree, ready)
+            return
+        places = [self._placement.places[index] for index in turn.places]
+        self._write([place for place in places if place.name in self._staged], ready)  # `bind` has written parts
+
+    @torch.no_grad()
     def _finish_staged(self, ready: list[str]) -> None:
-        self._write(self._placement.strided, ready)
+        self._write([place for place in self._placement.strided if place.name in self._staged], ready)
         self._write_shared(ready)
         self._compare_doubles()
         self._load_subtrees(ready)
@@ -216,9 +237,9 @@ class Binder:
 
     def _load_subtrees(self, ready: list[str]) -> None:
         for subtree in filter(self._placement.wants, self._placement.subtrees):
-            self._load_subtree(subtree)
-            ready.extend(place.name for place in subtree.places)
-            ready.extend(name for target in subtree.targets for name in target.names)
+            keys = self._said.pop(id(subtree), None) or self._load_subtree(subtree, ready)
+            self._note_keys(subtree, _described(subtree), keys.missing_keys, keys.unexpected_keys)
+            self._placement.loaded_themselves.append(_described(subtree))
 
     @torch.no_grad()
     def _write(self, places: list[Place], ready: list[str]) -> None:
@@ -259,9 +280,8 @@ class Binder:
                 hint="Remove one of the two from the checkpoint, or untie them in the model",
             )
 
-    def _load_subtree(self, subtree: Subtree) -> None:
+    def _load_subtree(self, subtree: Subtree, ready: list[str]) -> Keys:
         """Let a module load its part of the checkpoint itself, as `load_state_dict` of the whole model would."""
-        name = f"{subtree.name or 'the model'} ({type(subtree.module).__qualname__})"
         state = self._state_for(subtree)
         whole = {(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in state.values() if not is_sharded(tensor)}
         assign = any(target.tensor.is_meta for target in subtree.targets)
@@ -269,18 +289,20 @@ class Binder:
         if self._is_atomic:
             self._keep((target.name, target.tensor) for target in materialised)
         self._written.extend(target.name for target in materialised)
-        keys = _Keys([], [])
+        keys = Keys([], [])
         errors: list[str] = []
         try:
-            _load_module(subtree.module, {**state, **subtree.extras}, subtree.prefix, keys, errors, assign=assign)
+            load_module(subtree.module, {**state, **subtree.extras}, subtree.prefix, keys, errors, assign=assign)
             if errors:
                 raise RuntimeError("; ".join(errors))  # noqa: TRY301 (mapped like those that hooks raise)
         except Exception as exc:
             for target in subtree.targets:
-                _restore(target)
-            raise PlacementError(f"{name}, which loads itself, failed: {exc}", tensor=subtree.name or None) from exc
+                restore(target)
+            raise PlacementError(
+                f"{_described(subtree)}, which loads itself, failed: {exc}", tensor=subtree.name or None
+            ) from exc
         # All of them first: what is done with their contents may fail, and no parameter of the module's making may stay.
-        restored = [(target, _restore(target)) for target in subtree.targets]
+        restored = [(target, restore(target)) for target in subtree.targets]
         for target, contents in restored:
             if contents is None:
                 continue
@@ -290,8 +312,9 @@ class Binder:
                 self._adopt([target.tensor], [contents])
             else:  # a hook's slice holds all of a block
                 self._adopt([target.tensor], [contents.clone(memory_format=torch.contiguous_format)])
-        self._note_keys(subtree, name, keys.missing_keys, keys.unexpected_keys)
-        self._placement.loaded_themselves.append(name)
+        ready.extend(place.name for place in subtree.places)
+        ready.extend(name for target in subtree.targets for name in target.names)
+        return keys
 
     def _state_for(self, subtree: Subtree) -> dict[str, torch.Tensor]:
         """Return what a module is given, by its own names: a checkpoint may have a tied tensor under one or several."""
@@ -325,37 +348,8 @@ class Binder:
         return filled
 
 
-class _Keys(NamedTuple):
-    """What hooks after a module's loading may look at and change; torch's names."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-
-
-def _load_module(
-    module: nn.Module, state: dict[str, object], prefix: str, keys: _Keys, errors: list[str], *, assign: bool
-) -> None:
-    """Do what `nn.Module.load_state_dict` does for one module and those below, with names as in the whole model."""
-    metadata = {"assign_to_params_buffers": assign}
-    load = cast("Callable[..., None]", module._load_from_state_dict)  # pyright: ignore[reportUnknownMemberType]
-    load(state, prefix, metadata, True, keys.missing_keys, keys.unexpected_keys, errors)
-    for name, child in module._modules.items():
-        if child is not None:
-            below = {key: value for key, value in state.items() if key.startswith(f"{prefix}{name}.")}
-            _load_module(child, below, f"{prefix}{name}.", keys, errors, assign=assign)
-    hooks = cast("dict[int, Callable[[nn.Module, _Keys], object]]", vars(module)["_load_state_dict_post_hooks"])
-    for hook in hooks.values():
-        hook(module, keys)
-
-
-def _restore(target: Target) -> torch.Tensor | None:
-    """Register a parameter again that `load_state_dict` replaced by a new one; return the new one's contents."""
-    found = _registered(target.sites[0])
-    if found is target.tensor:
-        return None
-    for one in target.sites:  # as the module itself would: nn.LSTM, for one, keeps a list of its own
-        setattr(one.module, one.key, target.tensor)
-    return found.data
+def _described(subtree: Subtree) -> str:
+    return f"{subtree.name or 'the model'} ({type(subtree.module).__qualname__})"
 
 
 def _split(place: Place, whole: torch.Tensor) -> torch.Tensor:
@@ -370,10 +364,3 @@ def _are_same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Compare bytes: what is not a number equals itself, and zeros may differ in their sign."""
     first, second = (tensor.resolve_conj().resolve_neg().contiguous() for tensor in (one, other))
     return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
-
-
-def _registered(site: Site) -> torch.Tensor:
-    module, key = site.module, site.key
-    found = module._parameters[key] if key in module._parameters else module._buffers.get(key)
-    assert found is not None
-    return found

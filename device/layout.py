@@ -8,7 +8,7 @@ included, so that consecutive small tensors are one *run*: one copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import msgspec
 
@@ -110,6 +110,7 @@ class Layout:
         lands: of each device, whether readers may write to blocks themselves (blocks in host memory).
         own_bytes: tensors of this size or more have a block of their own.
         block_bytes: size of the blocks that smaller tensors share.
+        alone: places that have a block of their own however small they are, because it is let go before others.
         share_across_large: whether small tensors before and after a large one may share a block.
         fills_land: whether readers may write to parameters that have storage in host memory, too.
         given: blocks that need not be made or filled. Tensors stay there if they can: those that are neither cast nor
@@ -130,6 +131,7 @@ class Layout:
         lands: Sequence[bool],
         own_bytes: int,
         block_bytes: int,
+        alone: Container[int] | None = None,
         share_across_large: bool = True,
         fills_land: bool = False,
         given: Given | None = None,
@@ -150,10 +152,10 @@ class Layout:
         self.slotless = all(lands) and not any(
             place.dtype is not place.stored_dtype or (place.mode == "fill" and not fills_land) for place in places
         )
-        self._assign_blocks(block_bytes, given, share_across_large=share_across_large)
+        self._assign_blocks(block_bytes, alone, given, share_across_large=share_across_large)
 
     def _assign_blocks(  # noqa: C901, PLR0915 (one loop over all tensors, without calls)
-        self, block_bytes: int, given: Given | None, *, share_across_large: bool
+        self, block_bytes: int, alone: Container[int] | None, given: Given | None, *, share_across_large: bool
     ) -> None:
         blocks, members, own_bytes = self.blocks, self.members, self.own_bytes
         add_block_of, add_offset_of = self.block_of.append, self.offset_of.append
@@ -193,7 +195,7 @@ class Layout:
                 add_offset_of(0)
                 breaks += num_bytes > 0
                 end = -1
-            elif size >= own_bytes:
+            elif size >= own_bytes or (alone is not None and index in alone):
                 add_block_of(len(blocks))
                 add_offset_of(0)
                 blocks.append(padded(num_bytes))

@@ -17,7 +17,7 @@ from weightstream.device.names import NameRules
 from weightstream.device.targets import Subtree, Target
 from weightstream.errors import MissingKeysError, UnexpectedKeysError, some
 
-__all__ = ["Mode", "Place", "Placement", "Stored", "tensor_of"]
+__all__ = ["Mode", "Place", "Placement", "Stored", "is_adopted", "tensor_of"]
 
 #: adopt: the loader makes the storage and the parameter takes it. fill: the parameter has contiguous storage, which is
 #: written to. stage: the loader makes a tensor that somebody else places at the end (module hooks, strided copies,
@@ -124,7 +124,7 @@ class Placement:
 
     def staged_bytes(self, devices: Collection[int]) -> int:
         """Return how many bytes are loaded beside tensors that have storage, and dropped when the load ends."""
-        own = [place for tree in self.subtrees for place in tree.places if not _adopts(place)]
+        own = [place for tree in self.subtrees for place in tree.places if not is_adopted(place)]
         beside = (*own, *self.strided, *self.shared, *self.sharded, *(second for _, second in self.doubles))
         return sum(place.final_bytes for place in beside if place.device in devices)
 
@@ -217,7 +217,8 @@ class Placement:
             del self.places[-1000:]
 
 
-def _adopts(place: Place) -> bool:
+def is_adopted(place: Place) -> bool:
+    """Tell whether a tensor for a module that loads itself is what the model keeps, because there was none but on meta."""
     return place.target is not None and place.target.on_meta
 
 

@@ -38,12 +38,14 @@ class Destination(NamedTuple):
         backend: its driver.
         stream: the user's current stream there when the load was asked for.
         on_block: told the size of every block that is made there (positive) and let go (negative), by any thread, but one
-            at a time: with the stage's lock held.
+            at a time: with the stage's lock held. Tensors that were taken from it may live on.
+        on_free: told, likewise, how much of what was let go is nobody's memory any more, if that is known.
     """
 
     backend: Backend
     stream: object
     on_block: Callable[[int], None]
+    on_free: Callable[[int], None]
 
 
 class DeviceStage:
@@ -182,6 +184,14 @@ class DeviceStage:
             for rank, view in zip(ranks, views, strict=True):
                 taken[rank] = view
         return taken
+
+    def free(self, places: Iterable[int]) -> None:
+        """Note that nobody has these tensors any more, which were taken, and each of which had a block of its own."""
+        with self._lock:
+            for place in places:
+                block = self._layout.block_of[place]
+                if block != IN_SLOT:
+                    self._destinations[self._layout.device_of[block]].on_free(self._layout.blocks[block])
 
     def run(self, action: Callable[[], None]) -> None:
         """Call `action` with the user's streams current, and return when its work on the devices is done."""

@@ -176,11 +176,11 @@ class Engine:
             MemoryBudgetError: the host, its budget or the device has too little.
         """
         for device, one in enumerate(backends):
-            needed_bytes = plan.layout.bytes_on(device) + kept_bytes[device]
+            needed_bytes = plan.bytes_on(device) + kept_bytes[device]
             self._check_room(needed_bytes, one, delivers=delivers, on_fallback=on_fallback)
         backend = next((one for one in backends if one.pinnable), backends[0])
         if strategy in ("preload", "direct"):
-            landing_bytes = sum(plan.layout.bytes_on(device) for device, one in enumerate(backends) if one.lands)
+            landing_bytes = sum(plan.bytes_on(device) for device, one in enumerate(backends) if one.lands)
             slots = slots_of_own(plan, strategy, io, num_cold=num_cold)
             return self._own_ring(landing_bytes, backend, slots, on_fallback)
         needed = sum(

@@ -254,8 +254,7 @@ class Job:
             stack.callback(prepared.placement.release)
             landing = {device for device, backend in enumerate(prepared.backends) if backend.lands}
             if landing:
-                placement = prepared.placement
-                stack.enter_context(engine.borrow(placement.staged_bytes(landing) + placement.kept_bytes(landing)))
+                stack.enter_context(engine.borrow(prepared.beside_bytes(landing)))
             if prepared.placement.hooks_may_change_more:
                 self.fall_back(_NOT_ALL_ATOMIC)
             self._total_bytes = prepared.plan.total_bytes

@@ -157,7 +157,7 @@ class Pipeline:
                 anywhere = config.allow_network_map
                 prefault, given = files.call(lambda: _map(checkpoint, plan, anywhere=anywhere))
             destinations = [
-                Destination(backend, streams.get(backend.device), account.change)
+                Destination(backend, streams.get(backend.device), account.change, account.free)
                 for backend, account in zip(backends, blocks, strict=True)
             ]
             stage = DeviceStage(destinations, plan.layout, given=given)
@@ -257,8 +257,9 @@ class BlockAccount:
     """Enters a load's blocks on one device into the host's account, or adds them up for the device.
 
     Blocks in host memory that parameters take stay entered until the load ends. Those for a consumer are none of it: the
-    sink enters them, until they are delivered. `change` is called by readers and by the load's thread, one at a time: the
-    stage holds its lock meanwhile. `close` comes after all of them.
+    sink enters them, until they are delivered. `free` is for those that nobody has taken in the end. It and `change` are
+    called by readers and by the load's thread, one at a time: the stage holds its lock meanwhile. `close` comes after all
+    of them.
     """
 
     def __init__(self, engine: Engine, backend: Backend, *, delivered: bool) -> None:
@@ -276,6 +277,11 @@ class BlockAccount:
             self.device_peak_bytes = max(self.device_peak_bytes, self._held)
         if self._account is not None:
             self._account.hold(num_bytes)
+
+    def free(self, num_bytes: int) -> None:
+        self._held -= num_bytes
+        if self._account is not None:
+            self._account.release(num_bytes)
 
     def close(self) -> None:
         if self._account is not None:

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from weightstream.device.layout import ALIGNMENT_BYTES, Given, Layout, Transfer, padded
 from weightstream.device.placement import Place
+from weightstream.device.turns import Turns
 from weightstream.errors import UnsupportedFormatError
 from weightstream.prefetch.header import TensorSpec
 from weightstream.prefetch.source import ByteRange
@@ -59,7 +60,7 @@ class LoadPlan:
         chunks: `chunks[i].index == i`.
         layout: the blocks that the chunks fill.
         num_bytes: bytes of all tensors.
-        num_extents: contiguous byte ranges, each for one device, that the chunks were cut from.
+        num_extents: contiguous byte ranges, each for one device and of one turn, that the chunks were cut from.
         parts: place -> number of chunks, for places that are in more than one.
         empty: places without bytes.
         given: places whose bytes are where they belong: they are read by nobody.
@@ -67,6 +68,7 @@ class LoadPlan:
         num_mapped: how many places stay in mapped files, whether they are given or, to be verified, in chunks.
         verified: shards that are read in whole, and verified.
         unwanted_bytes: how much of these no place wants.
+        turns: what is read and placed turn by turn. The chunks of each lie one behind the other.
     """
 
     chunks: tuple[Chunk, ...]
@@ -80,11 +82,17 @@ class LoadPlan:
     num_mapped: int = 0
     verified: tuple[int, ...] = ()
     unwanted_bytes: int = 0
+    turns: Turns | None = None
 
     @property
     def total_bytes(self) -> int:
         """How much is read in all, or is there already."""
         return self.num_bytes + self.unwanted_bytes
+
+    def bytes_on(self, device: int) -> int:
+        """How much memory the blocks on a device take that are there at a time."""
+        spared_bytes = 0 if self.turns is None else self.turns.spared_bytes(self.layout.places, {device})
+        return self.layout.bytes_on(device) - spared_bytes
 
 
 def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)
@@ -100,6 +108,7 @@ def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)
     fills_land: bool = False,
     mapped: Sequence[int] | None = None,
     whole: Whole | None = None,
+    turns: Turns | None = None,
 ) -> LoadPlan:
     """Cut the wanted tensors into chunks and lay them out.
 
@@ -116,17 +125,20 @@ def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)
         fills_land: whether readers may write to parameters that have storage, where blocks can be read into directly.
         mapped: the sizes of the shards, if they are mapped and tensors may stay in them.
         whole: read every shard that something is wanted from in whole, `order` or not.
+        turns: what is to be read and placed turn by turn: its chunks come together where the first of them does. Not
+            together with `whole`.
     """
     layout = Layout(
         places,
         lands=lands,
         own_bytes=own_bytes,
         block_bytes=block_bytes,
+        alone=None if turns is None else turns.of,
         share_across_large=not isolate_large,
         fills_land=fills_land,
         given=None if mapped is None else Given(list(mapped), [(spec.shard, spec.begin) for spec in specs]),
     )
-    cutter = _Cutter(specs, layout, chunk_bytes, isolate_large=isolate_large)
+    cutter = _Cutter(specs, layout, chunk_bytes, turns, isolate_large=isolate_large)
     cuts = list(cutter.cut())
     given = _given(specs, places, layout, chunk_bytes)
     num_mapped = len(given.places)
@@ -145,6 +157,8 @@ def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)
     elif order == "model":
         for part in (cuts, given.cuts):
             part.sort(key=_earliest(places))
+    if turns is not None:
+        cuts = _gathered(cuts, turns)
     chunks = tuple(
         Chunk(
             index,
@@ -171,6 +185,7 @@ def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)
         num_mapped,
         verified,
         unwanted_bytes,
+        turns,
     )
 
 
@@ -217,6 +232,16 @@ def _earliest(places: list[Place]) -> Callable[[_Cut], int]:
     """Return a key that sorts cuts by the position of the earliest tensor in each."""
     position_of = attrgetter("position")
     return lambda cut: min(map(position_of, places[cut.first : cut.stop]))
+
+
+def _gathered(cuts: list[_Cut], turns: Turns) -> list[_Cut]:
+    """Move the cuts of each turn to the first of them; all others stay in their order."""
+    first_of: dict[int, int] = {}
+    ranks = [
+        rank if (turn := turns.of.get(cut.first)) is None else first_of.setdefault(turn, rank)
+        for rank, cut in enumerate(cuts)
+    ]
+    return [cuts[rank] for rank in sorted(range(len(cuts)), key=ranks.__getitem__)]
 
 
 def _whole_shards(
@@ -269,8 +294,15 @@ def _side_by_side(cuts: list[_Cut], places: list[Place], lanes: int, order: Lite
 
 
 class _Cutter:
-    def __init__(self, specs: list[TensorSpec], layout: Layout, chunk_bytes: int, *, isolate_large: bool) -> None:
+    def __init__(
+        self, specs: list[TensorSpec], layout: Layout, chunk_bytes: int, turns: Turns | None, *, isolate_large: bool
+    ) -> None:
         self._specs = specs
+        #: What no two places of one chunk may differ in; None: they do not.
+        self._lots: list[tuple[int, int]] | None = None
+        if turns is not None or len(layout.lands) > 1:
+            of = {} if turns is None else turns.of
+            self._lots = [(place.device, of.get(index, -1)) for index, place in enumerate(layout.places)]
         self._layout = layout
         self._chunk_bytes = chunk_bytes
         self._isolate_large = isolate_large
@@ -280,10 +312,11 @@ class _Cutter:
     def cut(self) -> Iterator[_Cut]:  # noqa: C901, PLR0912 (one loop over all tensors, without calls)
         own_bytes, chunk_bytes = self._layout.own_bytes, self._chunk_bytes
         has_given = self._layout.num_given > 0
-        has_several, places = len(self._layout.lands) > 1, self._layout.places
+        lots = self._lots
         current: _Cut | None = None
         used = 0
-        shard = position = device = -1
+        shard = position = -1
+        lot: tuple[int, int] | None = None
         for index, spec in enumerate(self._specs):
             begin, end = spec.begin, spec.end
             size = end - begin
@@ -293,9 +326,9 @@ class _Cutter:
             if has_given and self._layout.is_given(index):
                 continue
             small = size < own_bytes
-            if begin != position or spec.shard != shard or (has_several and places[index].device != device):
+            if begin != position or spec.shard != shard or (lots is not None and lots[index] != lot):
                 self.num_extents += 1
-                shard, device = spec.shard, places[index].device
+                shard, lot = spec.shard, None if lots is None else lots[index]
                 if current is not None:
                     yield current
                     current = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from weightstream.device.config import UserMap
 from weightstream.device.matching import deliver, match
 from weightstream.device.placement import Placement
 from weightstream.device.stage import DeviceStage
+from weightstream.device.turns import Turn, find_turns
 from weightstream.errors import PlacementError
 from weightstream.interpreter import no_garbage_collection
 from weightstream.prefetch.checkpoint import Checkpoint
@@ -26,6 +27,7 @@ from weightstream.scheduler.plan import Chunk, LoadPlan, make_plan
 from weightstream.scheduler.slots import chunk_bytes
 from weightstream.scheduler.strategy import ChosenStrategy, Decision
 from weightstream.scheduler.survey import choose
+from weightstream.scheduler.turns import TurnByTurn
 from weightstream.scheduler.verification import whole_shards
 from weightstream.scheduler.wanted import Wanted
 
@@ -44,6 +46,12 @@ class Prepared(NamedTuple):
     backends: tuple[Backend, ...]
     plan: LoadPlan
     decision: Decision
+
+    def beside_bytes(self, devices: Collection[int]) -> int:
+        """Return how many bytes are held at a time, on these devices, beside tensors that have storage."""
+        placement, turns = self.placement, self.plan.turns
+        spared_bytes = 0 if turns is None else turns.spared_bytes(placement.places, devices)
+        return placement.staged_bytes(devices) + placement.kept_bytes(devices) - spared_bytes
 
 
 class Sink(Protocol):
@@ -101,6 +109,7 @@ class ModelSink:
         self._model: nn.Module | None = model
         self._binder: Binder | None = None
         self._wanted: Wanted | None = None
+        self._turns: TurnByTurn | None = None
 
     @property
     def prefetch_config(self) -> PrefetchConfig:
@@ -121,6 +130,9 @@ class ModelSink:
 
         def make(decision: Decision) -> LoadPlan:
             with no_garbage_collection():
+                whole = whole_shards(checkpoint, side_by_side=config.scheduler.order == "model")
+                # What is hashed comes in the order of its bytes, and an atomic load places everything at its end.
+                in_turns = decision.strategy == "direct" and whole is None and config.device.commit != "atomic"
                 return make_plan(
                     specs,
                     placement.places,
@@ -132,7 +144,8 @@ class ModelSink:
                     # `preload` changes nothing before all is there, and `direct` has the one slot.
                     fills_land=decision.strategy in ("stream", "map"),
                     mapped=_mapped(checkpoint, backends, decision),
-                    whole=whole_shards(checkpoint, side_by_side=config.scheduler.order == "model"),
+                    whole=whole,
+                    turns=find_turns(placement) if in_turns else None,
                 )
 
         decision, plan = choose(engine, files, checkpoint, source, specs, placement.places, backends, make)
@@ -141,19 +154,34 @@ class ModelSink:
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
         atomic = self._engine.config.device.commit == "atomic"
         self._binder = Binder(prepared.placement, stage, atomic=atomic)
+        if prepared.plan.turns is not None:
+            self._turns = TurnByTurn(prepared.plan.turns)
 
     def admit(self, chunk: Chunk) -> bool:
-        return True
+        return self._turns is None or self._turns.admit(chunk.transfer.first)
 
     def take(self, places: list[int]) -> list[str]:
         assert self._binder is not None
-        return self._binder.bind(places)
+        ready = self._binder.bind(places)
+        if self._turns is not None:
+            for turn in self._turns.completed(places):
+                ready += self._end_turn(turn, self._turns)
+        return ready
 
     def finish(self) -> list[str]:
         assert self._binder is not None
         assert self._wanted is not None
         with self._wanted.locating():
             return self._binder.finish()
+
+    def _end_turn(self, turn: Turn, turns: TurnByTurn) -> list[str]:
+        assert self._binder is not None
+        assert self._wanted is not None
+        with self._wanted.locating():
+            ready = self._binder.place(turn)
+        turns.end()
+        self._engine.readers.wake()
+        return ready
 
     def rollback(self) -> tuple[str, ...]:
         assert self._binder is not None
@@ -165,6 +193,7 @@ class ModelSink:
             self._binder.release()
         self._binder = None
         self._wanted = None
+        self._turns = None
         self._model = None
 
 

@@ -2,7 +2,7 @@
 
     python -m tests.fresh_process HOW DEVICE CHECKPOINT CONFIG
 
-HOW: `model` (on meta), `allocated` (a model with storage), `iter_tensors`, `stream` or `warm`. DEVICE: `host`, or `fake`
+HOW: `model` (on meta), `allocated` (a model with storage), `hooked` (the same, whose modules load themselves), `iter_tensors`, `stream` or `warm`. DEVICE: `host`, or `fake`
 for an accelerator whose memory is not in this process; not with `iter_tensors`. CONFIG: a `LoaderConfig`, as JSON. What is
 printed is JSON too, in bytes.
 """
@@ -15,7 +15,9 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -32,12 +34,19 @@ def memory_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def model_for(path: str, device: str) -> nn.Module:
+def model_for(path: str, device: str, *, hooked: bool) -> nn.Module:
     """A model that has exactly the checkpoint's tensors: on meta, or of ones, so that its memory is there."""
     model = nn.Module()
     with open_checkpoint(path) as checkpoint:
         for name, spec in checkpoint.tensors.items():
-            model.register_parameter(name, nn.Parameter(torch.ones(spec.shape, device=device)))
+            module, _, key = name.rpartition(".")
+            owner = nn.Module() if module else model
+            owner.register_parameter(key, nn.Parameter(torch.ones(spec.shape, device=device)))
+            if module:
+                model.add_module(module, owner)
+            if hooked:
+                register = cast("Callable[..., object]", owner.register_load_state_dict_pre_hook)
+                register(lambda *_: None)
     return model
 
 
@@ -64,8 +73,8 @@ async def load(how: str, loader: ws.Loader, path: str, model: nn.Module | None, 
 def main() -> None:
     how, device, path, text = sys.argv[1:]
     config = ws.LoaderConfig.model_validate_json(text)
-    devices = {"model": "meta", "allocated": "cpu"}
-    model = model_for(path, devices[how]) if how in devices else None
+    devices = {"model": "meta", "allocated": "cpu", "hooked": "cpu"}
+    model = model_for(path, devices[how], hooked=how == "hooked") if how in devices else None
     accelerator = DistantAccelerator()
     loader = ws.Loader(config, machine=Machine(open_backend=lambda _: accelerator) if device == "fake" else None)
     asyncio.run(asyncio.sleep(0))

@@ -240,6 +240,9 @@ CASES = [
     Case("strided", build=_strided, to_meta=NOTHING),
     Case("modules-that-load-themselves", build=SelfLoading, tensors=_whole_tensors),
     Case("modules-that-load-themselves-in-place", build=SelfLoading, tensors=_whole_tensors, to_meta=NOTHING),
+    Case(
+        "modules-that-load-themselves-partly-on-meta", build=SelfLoading, tensors=_whole_tensors, to_meta="bias|mean$"
+    ),
 ]
 
 

@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import weightstream as ws
 from tests.builders import assert_same, bytes_of, random_tensors, write_in_order
-from tests.fakes.rig import Rig
+from tests.fakes.rig import KIB, Rig
 from weightstream.scheduler.report import LoadReport
 
 
@@ -226,6 +226,23 @@ class TestDTensor:
         tensors["b"] = tensors["a"]
         await load(rig, tmp_path, model, tensors)
         assert_same(local(model, "b"), tensors["a"][2:])
+
+    async def test_direct_holds_one_whole_tensor_at_a_time(self, rig: Rig, tmp_path: Path, mesh: DeviceMesh) -> None:
+        model = nn.Sequential(*(nn.Linear(32, 32 * (i + 1), bias=False) for i in range(3)))
+        for i, layer in enumerate(model):
+            layer.weight = split(torch.zeros_like(model.get_parameter(f"{i}.weight")), mesh, Shard(0))
+        tensors = random_tensors({f"{i}.weight": (32 * (i + 1), 32) for i in range(3)})
+        report = await load(rig, tmp_path, model, tensors, strategy="direct")
+        for i in range(3):
+            assert_same(local(model, f"{i}.weight"), tensors[f"{i}.weight"][16 * (i + 1) :])
+        largest = tensors["2.weight"].nbytes
+        slot_bytes = (
+            largest + 2 * 4 * KIB if rig.io == "direct" else 0
+        )  # of whole pages; else it is read to where it is staged
+        if rig.device == "host":
+            assert report.host_peak_bytes == slot_bytes + largest
+        else:
+            assert report.device_peak_bytes == largest
 
     async def test_whole_shape_counts(self, rig: Rig, tmp_path: Path, mesh: DeviceMesh) -> None:
         model = nn.Linear(4, 5, bias=False)

@@ -35,7 +35,7 @@ class Bench:
         self.changes: list[int] = []
         self.layout = Layout(list(places), lands=[lands], own_bytes=OWN, block_bytes=1 << 16, fills_land=fills_land)
         backend = HostBackend(Arena().allocate) if lands else self.accelerator
-        self.stage = DeviceStage([Destination(backend, None, self.changes.append)], self.layout)
+        self.stage = DeviceStage([Destination(backend, None, self.changes.append, self.changes.append)], self.layout)
         self.memory = memoryview(allocate(1 << 16))
 
     def fill(self, *tensors: torch.Tensor, direct: bool = False) -> None:
@@ -196,7 +196,7 @@ def test_nothing_is_there_before_the_copy(benches: list[Bench]) -> None:
 def test_nowhere_takes_everything_and_keeps_nothing() -> None:
     """A load does not even ask: see `copies`."""
     layout = Layout([place(SMALL), place(LARGE)], lands=[False], own_bytes=OWN, block_bytes=1 << 16)
-    stage = DeviceStage([Destination(NowhereBackend(), None, lambda _: None)], layout)
+    stage = DeviceStage([Destination(NowhereBackend(), None, lambda _: None, lambda _: None)], layout)
     assert not stage.copies
     transfer = layout.transfer(0, 2, 0, SMALL.nbytes + LARGE.nbytes)
     assert stage.submit(transfer, memoryview(allocate(1 << 16)), None) is None
@@ -212,8 +212,9 @@ def test_blocks_are_counted_one_at_a_time() -> None:
     def count(num_bytes: int) -> None:
         was_locked.append((num_bytes, stage._lock.locked()))
 
-    stage = DeviceStage([Destination(HostBackend(Arena().allocate), None, count)], layout)
+    stage = DeviceStage([Destination(HostBackend(Arena().allocate), None, count, count)], layout)
     stage.buffers(layout.transfer(0, 1, 0, weight.nbytes), None, 0, weight.nbytes)
     stage.take([0])
     stage.close()
-    assert was_locked == [(2 * OWN, True), (-2 * OWN, True)]
+    stage.free([0])
+    assert was_locked == [(2 * OWN, True), (-2 * OWN, True), (2 * OWN, True)]

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 
 from weightstream.device.layout import ALIGNMENT_BYTES, IN_SLOT
 from weightstream.device.placement import Mode, Place
+from weightstream.device.turns import Turn, Turns
 from weightstream.prefetch.header import TensorSpec
 from weightstream.scheduler.plan import LoadPlan, make_plan
 
@@ -52,8 +53,9 @@ def plan_of(
     isolate_large: bool = False,
     fills_land: bool = False,
     positions: list[int] | None = None,
+    num_turns: int = 0,
 ) -> tuple[LoadPlan, list[TensorSpec], list[Place]]:
-    """A plan for tensors that lie one behind the other in shards of ten."""
+    """A plan for tensors that lie one behind the other in shards of ten. Of `num_turns`, each has every fourth or so."""
     specs: list[TensorSpec] = []
     places: list[Place] = []
     end = 0
@@ -63,6 +65,8 @@ def plan_of(
         specs.append(TensorSpec(f"t{i}", "U8", (count,), i // 10, begin, end))
         position = i if positions is None else positions[i]
         places.append(Place(f"t{i}", end - begin, stored, dtype, (count,), mode, position))
+    of = {i: i % (num_turns + 1) for i in range(len(wanted)) if i % (num_turns + 1) < num_turns}
+    members = [tuple(i for i in of if of[i] == turn) for turn in range(num_turns)]
     plan = make_plan(
         specs,
         places,
@@ -73,6 +77,7 @@ def plan_of(
         order=order,
         isolate_large=isolate_large,
         fills_land=fills_land,
+        turns=Turns(tuple(Turn(indices, indices, None) for indices in members), of) if num_turns else None,
     )
     return plan, specs, places
 
@@ -82,6 +87,7 @@ options = {
     "isolate_large": st.booleans(),
     "fills_land": st.booleans(),
     "order": st.sampled_from(["model", "file"]),
+    "num_turns": st.sampled_from([0, 0, 3]),
 }
 
 
@@ -224,6 +230,27 @@ def test_order_model_is_that_of_the_earliest_tensor_in_each_chunk() -> None:
 def test_extents_are_contiguous_ranges(gap: bool, num_extents: int) -> None:  # noqa: FBT001
     wanted: list[Wanted] = [(torch.uint8, torch.uint8, 10, "adopt", gap)] * 20
     assert plan_of(wanted)[0].num_extents == num_extents
+
+
+@pytest.mark.parametrize("order", ["model", "file"])
+def test_chunks_of_a_turn_come_together_and_others_where_they_were(order: Literal["model", "file"]) -> None:
+    """Two turns and others in turn, in the file: each chunk has one tensor, and those of a turn move up to its first."""
+    wanted: list[Wanted] = [(torch.uint8, torch.uint8, 10, "stage", False)] * 9
+    positions = list(reversed(range(9))) if order == "model" else None
+    plan, _, _ = plan_of(wanted, order=order, positions=positions, num_turns=2)
+    found = [chunk.transfer.first for chunk in plan.chunks]
+    assert found == ([8, 7, 4, 1, 6, 3, 0, 5, 2] if order == "model" else [0, 3, 6, 1, 4, 7, 2, 5, 8])
+
+
+def test_tensors_of_turns_have_blocks_of_their_own_and_one_turn_counts() -> None:
+    wanted: list[Wanted] = [(torch.uint8, torch.uint8, 10 * (i + 1), "stage", False) for i in range(9)]
+    plan, _, _ = plan_of(wanted, num_turns=2)
+    layout = plan.layout
+    shared = [layout.block_of[place] for place in range(9) if plan.turns is not None and place not in plan.turns.of]
+    assert len(set(shared)) == 1
+    assert sorted(layout.members) == [1] * 6 + [3]
+    # Turn 0 has 10, 40 and 70 bytes, turn 1 20, 50 and 80: 140 are not there together with the others.
+    assert plan.bytes_on(0) == sum(layout.blocks) - 120
 
 
 def test_nothing_wanted_is_a_plan_of_nothing() -> None:

@@ -18,6 +18,7 @@ from tests.contract import REPORT_KEYS
 from tests.fakes.rig import KIB, Rig
 from tests.fakes.source import PacedSource
 from tests.models import SmallNet, tensors_of
+from weightstream.device.layout import padded
 from weightstream.prefetch.ring import Ring
 from weightstream.scheduler.loader import Loader
 
@@ -111,30 +112,41 @@ async def test_failed_read_leaves_everything_as_it_was_with_every_strategy(
     assert not isinstance(caught.value, ws.WeightstreamError)
 
 
+@pytest.mark.parametrize("lies", ["in-order", "scattered"])
 @pytest.mark.parametrize("begins", ["meta", "cpu"])
 @pytest.mark.parametrize("kind", ["batch-norm", "hooks"])
-async def test_direct_holds_what_modules_load_themselves_beside_its_slot(
-    make_rig: MakeRig, tmp_path: Path, kind: str, begins: str
+@pytest.mark.parametrize("device", ["host", "fake"])
+async def test_direct_holds_one_module_that_loads_itself_beside_its_slot(
+    make_rig: MakeRig, tmp_path: Path, device: str, kind: str, begins: str, lies: str
 ) -> None:
-    """All of it until the end where it has storage already; on meta it is what the model keeps."""
+    """One at a time where it has storage already; on meta it is what the model keeps. To the byte."""
     modules: list[nn.Module] = []
-    for _ in range(4):
-        modules.append(nn.Linear(64, 64, bias=False, device=begins))
+    for number in range(4):
+        modules.append(nn.Linear(64, 64 * (number + 1), bias=kind == "hooks", device=begins))
         if kind == "hooks":
             cast("Any", modules[-1]).register_load_state_dict_pre_hook(lambda *_: None)
         else:
-            modules.append(nn.BatchNorm1d(64, device=begins))
+            modules.append(nn.BatchNorm1d(64 * (number + 1), device=begins))
     model = nn.Sequential(*modules)
     tensors = tensors_of(model)
-    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-    own = [name for name in sizes if kind == "hooks" or isinstance(modules[int(name[0])], nn.BatchNorm1d)]
-    slot_bytes = 0 if kind == "hooks" else 64 * 64 * 4  # what is staged is read to where it is staged
-    expected = sum(sizes.values()) if begins == "meta" else slot_bytes + sum(sizes[name] for name in own)
-    rig, path = make_rig("host"), write_in_order(tmp_path, tensors)
+    own: dict[str, int] = {}  # what each module that loads itself is given, where everything begins on a boundary
+    for name, tensor in tensors.items():
+        if kind == "hooks" or isinstance(modules[int(name[0])], nn.BatchNorm1d):
+            own[name[0]] = own.get(name[0], 0) + padded(tensor.nbytes)
+    stored = dict(sorted(tensors.items(), key=lambda item: item[0][2:])) if lies == "scattered" else tensors
+    rig, path = make_rig(device), write_in_order(tmp_path, stored)
     async with rig.loader(strategy="direct") as loader:
         report = await loader.load(model, path)
     assert_loaded(model, tensors)
-    assert expected <= report.host_peak_bytes <= expected + 256 * len(tensors)  # each begins on a boundary
+    slot_bytes = 64 * KIB  # for the largest tensor
+    weights_bytes = sum(padded(tensor.nbytes) for tensor in tensors.values()) if begins == "meta" else 0
+    beside_bytes = weights_bytes or max(own.values())
+    if device == "fake":
+        assert (report.host_peak_bytes, report.device_peak_bytes) == (slot_bytes, beside_bytes)
+    elif begins == "meta" or kind == "hooks":  # read to where it stays, or is staged
+        assert report.host_peak_bytes == beside_bytes
+    else:
+        assert report.host_peak_bytes == slot_bytes + beside_bytes
 
 
 async def test_preload_changes_nothing_before_the_last_byte_is_there(

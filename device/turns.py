@@ -1,0 +1,118 @@
+"""Turns: what is loaded beside the model's own storage comes one after the other, where a load is to hold little.
+
+Tensors that a module loads itself, that are copied to storage whose elements do not lie in order, or of which each
+process keeps a part, are loaded beside what they become part of. Where all of them are placed at the end of a load, all
+of them are held until then. In *turns* no more is held than the largest of them: a turn is one such module with all that
+it is given, or one such tensor. It is placed as soon as it is there, its memory is let go, and only then the next is read.
+
+Not in turns, and placed at the end as ever: modules that have a tensor which is loaded elsewhere too (a tie), or lies in
+memory that others have too, because the order in which these are written counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from weightstream.device.kinds import PLAIN
+from weightstream.device.placement import Place, Placement, is_adopted
+from weightstream.device.sharing import find_sharing, length_in_memory
+from weightstream.device.targets import Subtree
+
+__all__ = ["Turn", "Turns", "find_turns"]
+
+
+class Turn(NamedTuple):
+    """What is placed together.
+
+    Attributes:
+        places: all of it, as indices in `Placement.places`.
+        beside: those of them whose memory is let go when they have been placed; parameters on meta take theirs.
+        subtree: the module that loads itself, if it is one.
+    """
+
+    places: tuple[int, ...]
+    beside: tuple[int, ...]
+    subtree: Subtree | None
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """See the module.
+
+    Attributes:
+        turns: in no order.
+        of: place -> which of them it belongs to. Places that are in none have no entry.
+    """
+
+    turns: tuple[Turn, ...]
+    of: dict[int, int]
+
+    def spared_bytes(self, places: list[Place], devices: Collection[int]) -> int:
+        """Return how much less is held at a time than if all turns were held until the end."""
+        sizes = [
+            sum(places[index].final_bytes for index in turn.beside if places[index].device in devices)
+            for turn in self.turns
+        ]
+        return sum(sizes) - max(sizes)
+
+
+def find_turns(placement: Placement) -> Turns | None:
+    """Return the turns of a load; None if it has none, or a single one, with which nothing is won.
+
+    For a placement that is not atomic: there everything is placed at the end.
+    """
+    candidates = [subtree for subtree in placement.subtrees if _may_come_alone(subtree)]
+    singles = (*placement.strided, *placement.sharded)
+    if len(candidates) + len(singles) < 2:
+        return None
+    index_of = {place.name: index for index, place in enumerate(placement.places)}
+    entangled = _entangled(placement) if candidates else set[int]()
+    turns: list[Turn] = []
+    for subtree in candidates:
+        if id(subtree) not in entangled:
+            beside = tuple(index_of[place.name] for place in _beside(subtree))
+            turns.append(Turn(tuple(index_of[place.name] for place in subtree.places), beside, subtree))
+    turns += [Turn((index,), (index,), None) for index in (index_of[place.name] for place in singles)]
+    if len(turns) < 2:
+        return None
+    return Turns(tuple(turns), {place: number for number, turn in enumerate(turns) for place in turn.places})
+
+
+def _beside(subtree: Subtree) -> Iterator[Place]:
+    """Yield what a module copies to storage that it has. A parameter on meta may take what is stored under any name."""
+    takes_unnamed = any(target.on_meta for target in subtree.targets)
+    for place in subtree.places:
+        if not is_adopted(place) and not (place.target is None and takes_unnamed):
+            yield place
+
+
+def _may_come_alone(subtree: Subtree) -> bool:
+    """Tell whether a module has something to let go, and no tensor that others load, or that is of a kind of its own."""
+    if subtree.tied or not any(place.num_bytes for place in _beside(subtree)):
+        return False
+    return all(target.on_meta or _is_in_memory(target.tensor) for target in subtree.targets)
+
+
+def _entangled(placement: Placement) -> set[int]:
+    """Return the identities of modules that load themselves and have tensors in memory that others have too."""
+    tensors: list[torch.Tensor] = []
+    owners: list[Subtree | None] = []
+    for subtree in placement.subtrees:
+        own = [target.tensor for target in subtree.targets if _is_in_memory(target.tensor)]
+        tensors += own
+        owners += [subtree] * len(own)
+    for place in placement.places:
+        outside = place.target is None or place.target.subtree is None
+        if outside and place.tensor is not None and _is_in_memory(place.tensor):
+            tensors.append(place.tensor)
+            owners.append(None)
+    found = find_sharing(tensors, list(map(length_in_memory, tensors)))
+    return {id(owners[index]) for index in found}
+
+
+def _is_in_memory(tensor: torch.Tensor) -> bool:
+    return type(tensor) in PLAIN and not tensor.is_meta and tensor.layout is torch.strided
