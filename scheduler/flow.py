@@ -43,6 +43,7 @@ class Flow:
     Attributes:
         filling: grants reads; for the reader pool.
         bytes_placed: how many bytes are where they belong.
+        lock_wait_s: how long copies waited for their slots to be page-locked.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Flow:
         course = self._course = Course(clock, ledger)
         ledger.copies = stage.copies
         self.bytes_placed = 0
+        self.lock_wait_s = 0.0
         self._hashing = None if verification is None else Hashing(course, verification)
         self.filling = Filling(course, plan, reading, stage, ring, admit=admit, hashing=self._hashing)
         self._copying = Copying(course, ring)
@@ -128,6 +130,14 @@ class Flow:
                     course.ledger.change(binding=1)
                     return placed
                 course.condition.wait(left_s)
+
+    def wait_locked(self, filled: Filled) -> None:
+        """Wait until a filled chunk's slot is page-locked, or will not be. For the load's thread."""
+        settled = filled.slot.segment.settled
+        if not settled.is_set():
+            began_s = self._course.clock.now()
+            settled.wait()
+            self.lock_wait_s += self._course.clock.now() - began_s
 
     def submitted(self, filled: Filled, event: Event | None) -> None:
         """Note that a filled chunk's copies are on their way (or done, without an event)."""

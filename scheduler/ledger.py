@@ -25,7 +25,8 @@ class Ledger:
     where none waits, the disk is; where nothing is being read, it is the copies, and then the binding, that are left. Of
     the chunks whose copies have been submitted only the first is being copied: the others wait behind it. Readers that
     copy what they have read (`landing`) do so side by side: nothing waits behind them, and they read nothing meanwhile. A
-    load that verifies what it reads waits for that where chunks that were read wait while others are hashed.
+    load that verifies what it reads waits for that where chunks that were read wait while others are hashed. Where tensors
+    are handed to a consumer, and nobody is at work, the load waits for the consumer.
 
     Args:
         now: the clock, in seconds.
@@ -51,6 +52,7 @@ class Ledger:
         self.phases = {"preflight": 0.0, "disk": 0.0, "copy": 0.0, "bind": 0.0, "other": 0.0}
         #: Those that are over: name, begin and end, in seconds since the start.
         self.sections: list[tuple[str, float, float]] = []
+        self._idle = "other"
         self._section: Section = "preflight"
         self._entered_s = 0.0
         self._now = now
@@ -81,6 +83,11 @@ class Ledger:
     def verifies(self) -> None:
         """Say that the load will also wait for hashing, which only then is a phase."""
         self.phases["verify"] = 0.0
+
+    def delivers(self) -> None:
+        """Say that somebody takes the tensors one by one: reads go on when enough of them have been taken."""
+        self._idle = "consumer"
+        self.phases["consumer"] = 0.0
 
     def change(
         self,
@@ -126,4 +133,4 @@ class Ledger:
             return "copy"
         if self.reading or not self.copies or self._section == "disk":
             return "disk"
-        return "bind" if self.binding else "other"
+        return "bind" if self.binding else self._idle

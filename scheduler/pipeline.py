@@ -120,7 +120,7 @@ class Pipeline:
                 verification = files.call(
                     lambda: Verification(checkpoint, plan, allow_outside_links=outside, attempts=attempts)
                 )
-            found = files.call(lambda: look_at_cache(plan, source, config))
+            found = files.call(lambda: look_at_cache(plan, checkpoint, source, config))
             if found.unknown:
                 fall_back(_RESIDENCY_UNKNOWN)
             passes = files.call(lambda: look_for_passing(checkpoint, plan, found))
@@ -168,6 +168,8 @@ class Pipeline:
             paths = [shard.path for shard in checkpoint.shards]
             widen = engine.readers.widen
             reading = Reading(source, tuner, found.resident, passes, widen, eviction, paths, config.stall_s)
+            if sink.delivers:
+                ledger.delivers()
             flow = Flow(plan, reading, stage, ring or engine.ring, engine.clock, ledger, sink.admit, verification)
             return cls(
                 *(plan, found, tuner, blocks, stage, flow, prefault, verification),
@@ -244,13 +246,25 @@ class Pipeline:
         if self.plan.chunks:
             said.append(self.found.describe())
             if self.found.num_cold:
-                said += [*self.tuner.decisions, f"read in the end: {self.tuner.setting}"]
+                said += [*self.tuner.decisions, f"read in the end: {self.tuner.setting}", *self._narrow()]
+        if self.flow.lock_wait_s:
+            said.append(f"page-locking: copies waited {self.flow.lock_wait_s:.2f} s until it was done")
         if self.plan.layout.num_given:
             count = f"{self.plan.num_mapped} of {len(self.plan.layout.places)} tensors"
             said.append(f"map: {count} are views of the files; the others were read")
         if self.verification is not None:
             said += self.verification.decisions()
         return said
+
+    def _narrow(self) -> list[str]:
+        """Say so if the ring, and not the storage, decided how many reads went on at a time."""
+        if self._ring is None or self._strategy != "stream":
+            return []
+        num_slots, setting = self._ring.statistics().num_slots, self.tuner.setting
+        parts = -(-self._engine.config.prefetch.chunk // setting.read_bytes)
+        if num_slots >= len(self.plan.chunks) or num_slots * parts >= setting.workers:
+            return []
+        return [f"ring: it has {num_slots} slots, which is too few for {setting.workers} reads at a time"]
 
 
 class BlockAccount:

@@ -119,7 +119,7 @@ def _submit(filled: Filled, stage: DeviceStage, flow: Flow) -> None:
     if not stage.copies:
         flow.dropped(filled)
         return
-    filled.slot.segment.settled.wait()
+    flow.wait_locked(filled)
     try:
         event = stage.submit(filled.chunk.transfer, filled.slot.view, filled.shift)
     except BaseException:

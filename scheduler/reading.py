@@ -9,7 +9,7 @@ from typing import NamedTuple
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.eviction import Eviction
-from weightstream.prefetch.filesystem import file_system_of
+from weightstream.prefetch.filesystem import FileSystem, file_system_of
 from weightstream.prefetch.source import Source
 from weightstream.prefetch.tuner import (
     COPYING_WORKERS,
@@ -52,26 +52,32 @@ class Reading(NamedTuple):
 
 
 class Residency(NamedTuple):
-    """What the page cache holds. `resident`: for each chunk, whether it is there; `unknown`: how many may be, or not."""
+    """What the page cache holds. `resident`: for each chunk, whether it is there; `unknown`: how many may be, or not.
+
+    `network`: what the file system is called that the others come from, if that is behind a network.
+    """
 
     resident: list[bool]
     unknown: int
+    network: str | None = None
 
     @property
     def num_cold(self) -> int:
         return len(self.resident) - sum(self.resident)
 
     def describe(self) -> str:
-        return f"page cache: {sum(self.resident)} of {len(self.resident)} chunks are in it and are read from there"
+        said = f"page cache: {sum(self.resident)} of {len(self.resident)} chunks are in it and are read from there"
+        return f"{said}; the others come over a network ({self.network})" if self.network and self.num_cold else said
 
 
-def look_at_cache(plan: LoadPlan, source: Source, config: PrefetchConfig) -> Residency:
+def look_at_cache(plan: LoadPlan, checkpoint: Checkpoint, source: Source, config: PrefetchConfig) -> Residency:
     """Find out which chunks are in the page cache. Not asked where all is read past it anyway."""
+    network = _network_of(checkpoint)
     if config.io == "direct":
-        return Residency([chunk.is_mapped for chunk in plan.chunks], 0)
+        return Residency([chunk.is_mapped for chunk in plan.chunks], 0, network)
     shares = source.resident_shares([chunk.source for chunk in plan.chunks])
     shares = [1.0 if chunk.is_mapped else share for chunk, share in zip(plan.chunks, shares, strict=True)]
-    return Residency([(share or 0.0) >= _RESIDENT_SHARE for share in shares], shares.count(None))
+    return Residency([(share or 0.0) >= _RESIDENT_SHARE for share in shares], shares.count(None), network)
 
 
 def look_for_passing(checkpoint: Checkpoint, plan: LoadPlan, found: Residency) -> list[bool]:
@@ -83,18 +89,23 @@ def look_for_passing(checkpoint: Checkpoint, plan: LoadPlan, found: Residency) -
     """
     in_place = [chunk for chunk in plan.chunks if chunk.transfer.in_place]
     shards = {chunk.source.shard for chunk in in_place}
-    far = {shard for shard in shards if _is_far(checkpoint.shards[shard].fd)}
+    far = {shard for shard in shards if _file_system(checkpoint.shards[shard].fd).kind == "network"}
     passes = [False] * len(plan.chunks)
     for chunk in in_place:
         passes[chunk.index] = chunk.source.shard in far or not found.resident[chunk.index]
     return passes
 
 
-def _is_far(fd: int) -> bool:
+def _network_of(checkpoint: Checkpoint) -> str | None:
+    systems = [_file_system(shard.fd) for shard in checkpoint.shards[:1]]
+    return next((system.name for system in systems if system.kind == "network"), None)
+
+
+def _file_system(fd: int) -> FileSystem:
     try:
-        return file_system_of(fd).kind == "network"
-    except OSError:  # it does not even say what it is
-        return True
+        return file_system_of(fd)
+    except OSError:
+        return FileSystem("network", "it does not say what it is")
 
 
 def make_eviction(checkpoint: Checkpoint, plan: LoadPlan, found: Residency, config: PrefetchConfig) -> Eviction | None:

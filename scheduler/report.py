@@ -69,8 +69,8 @@ class LoadReport:
     throughput_bytes_per_s: float
     """`num_bytes` / `wall_s`."""
     phases: dict[str, float]
-    """Seconds in which the load waited for preflight, disk, copy, bind and other, and for verify where that was asked for;
-    they sum to `wall_s`."""
+    """Seconds in which the load waited for preflight, disk, copy, bind and other, for verify where that was asked for, and
+    for the consumer of a stream; they sum to `wall_s`."""
     overlap: float
     """Time in which a read and a copy were both in progress, as a share of the less busy stage's time; 0.0 where one of the
     two had nothing to do."""

@@ -1,8 +1,11 @@
-"""What bounded a load, and what to change: one sentence or two from its report, for people. Pure text."""
+"""What bounded a load, and what to change: a sentence or two from its report, for people. Pure text."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Literal
+
+from weightstream.prefetch.memory import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,25 +24,28 @@ _NAMES: dict[Bound, str] = {
     "consumer": "whoever takes the tensors",
     "python": "work in Python",
 }
-#: Words by which a downgrade is known that concerns the reads, or the copies.
-_CONCERNS: dict[Bound, tuple[str, ...]] = {"disk": ("direct", "page cache"), "copy": ("page-lock", "ring")}
-_ADVICE: dict[Bound, str] = {
-    "disk": "`weightstream bench` measures whether storage and memory can do better, and with which settings.",
-    "verify": "More cores would hash faster; `prefetch.verify: none` does not hash at all.",
-    "consumer": "The loader stood ready: take tensors faster, or let it run ahead further (prefetch.host_memory).",
+#: Parts of the sentences about downgrades (`LoadReport.fallbacks`) that make reads, copies or Python's work slower.
+_CONCERNS: dict[Bound, tuple[str, ...]] = {
+    "disk": ("direct I/O", "direct reads", "slots", "that is the limit now"),
+    "copy": ("page-locking", "slots", "that is the limit now"),
+    "python": ("through hooks of their own",),
 }
 #: What took less of the time than this is not named beside what took most.
 _WORTH_A_WORD = 0.1
+#: With more than this for each tensor, it is not their number that takes the time: 46,000 take 5 to 10 µs each here.
+_MANY_S = 100e-6
+#: What takes no longer than this is what any load takes to start: 4 to 6 ms here, and 30 where Python has just begun.
+_START_S = 0.1
 
 
 def _waits(phases: Mapping[str, float]) -> dict[Bound, float]:
-    """Return the seconds for each. In "other" nothing was read, copied or placed: it was somebody else's turn."""
+    """Return the seconds for each. In "other" nothing was read, copied or placed: the load's own thread had its turn."""
     return {
         "disk": phases["disk"],
         "verify": phases.get("verify", 0.0),
         "copy": phases["copy"],
-        "consumer": phases["other"],
-        "python": phases["preflight"] + phases["bind"],
+        "consumer": phases.get("consumer", 0.0),
+        "python": phases["preflight"] + phases["bind"] + phases["other"],
     }
 
 
@@ -49,12 +55,13 @@ def find_bound(phases: Mapping[str, float]) -> Bound:
     return max(waits, key=lambda bound: waits[bound])
 
 
-def explain(report: LoadReport, *, reading: str | None = None) -> str:
+def explain(report: LoadReport, *, reading: str | None = None, num_cores: int | None = None) -> str:
     """Say what a load waited for most, and what could be changed.
 
     Args:
         report: of the load.
         reading: what to say of reading if that is it, by somebody who has measured what the storage can do.
+        num_cores: how many it could use; None: as many as this process can now.
     """
     bound, waits = find_bound(report.phases), _waits(report.phases)
     total = sum(waits.values()) or 1.0
@@ -65,25 +72,134 @@ def explain(report: LoadReport, *, reading: str | None = None) -> str:
         if name != bound and waits[name] > _WORTH_A_WORD * total
     ]
     times = ", ".join([f"{waits[bound] / total:.0%} of the time", *also])
-    advice = reading if bound == "disk" and reading is not None else _advice(bound, report)
-    downgrades = [said for said in report.fallbacks if any(word in said for word in _CONCERNS.get(bound, ()))]
-    noted = f" This had a part in it: {downgrades[0]}." if downgrades else ""
-    return f"It waited for {_NAMES[bound]} most: {times}. {advice}{noted}"
-
-
-def _advice(bound: Bound, report: LoadReport) -> str:
-    if bound == "python":
-        return (
-            f"It checks and places {report.num_tensors:,} tensors, which grows with their number and not with"
-            " their bytes; no setting changes it."
+    if bound == "disk":
+        advice = reading or _on_reading(report)
+    elif bound == "verify":
+        advice = _on_hashing(report, num_cores or usable_cores())
+    elif bound == "copy":
+        advice = _on_copies(report)
+    elif bound == "consumer":
+        advice = (
+            "The loader stood ready, as far ahead as prefetch.host_memory lets it: take the tensors faster, or, if that is"
+            " slow only now and then, let it run ahead further."
         )
-    if bound != "copy":
-        return _ADVICE[bound]
+    else:
+        advice = _on_python(report, waits["python"])
+    concerns = _CONCERNS.get(bound, ())
+    downgrades = [said for said in report.fallbacks if any(words in said for words in concerns)]
+    noted = [f"This had a part in it: {said}." for said in downgrades[:1]]
+    if report.num_retries and bound in ("disk", "python"):
+        noted.append(f"Reads failed and were repeated, {report.num_retries} in all: look into the system's log.")
+    return " ".join([f"It waited for {_NAMES[bound]} most: {times}.", advice, *noted])
+
+
+def _on_reading(report: LoadReport) -> str:
+    if said := _in_turn(report):
+        return said
+    found = " ".join(report.decisions)
+    if narrow := re.search(r"ring: it has (\d+) slots, which is too few for (\d+) reads", found):
+        return (
+            f"There was room for {narrow[1]} chunks at a time, and {narrow[2]} reads wanted some: raise"
+            " prefetch.host_memory, or make prefetch.chunk smaller."
+        )
+    cached = re.search(r"page cache: (\d+) of (\d+) chunks", found)
+    if cached and cached[1] == cached[2]:
+        return _on_cached_reading(report)
+    how = re.search(r"read in the end: (.*?MiB)", found)
+    came = "What was not in the page cache came from storage" + (f" ({how[1]})" if how else "")
+    if network := re.search(r"come over a network \((.*?)\)", found):
+        came = f"{came}, over a network ({network[1]}): a copy on a disk of this machine would be nearer"
+    if report.device == "page-cache":
+        return f"{came}. The next load finds it there."
+    return (
+        f"{came}. `weightstream bench --cold` measures what the storage can do, and with which settings; after"
+        " `weightstream warm --to page-cache`, where memory has room for the files, a load need not wait for it."
+    )
+
+
+def _on_cached_reading(report: LoadReport) -> str:
+    if report.device == "page-cache":
+        return "Everything was in the page cache before: there was nothing to warm."
     if report.device == "cpu":
         return (
-            "What is read past the page cache is copied to its place, and so is all that comes from storage for parameters"
-            " that have some; with `prefetch.io: buffered`, those on meta are read into without a copy."
+            "Everything was in the page cache, so this is memory's speed, and that of the kernel that finds new memory for"
+            " the weights. `strategy: map` copies nothing, where parameters are on meta and nothing is cast."
         )
-    if report.pinned_bytes:
-        return "Only fewer bytes, or another bus, would be faster."
-    return "They come from memory that is not page-locked: raise the limit for that (ulimit -l), if there is one."
+    return "Everything was in the page cache, so this is memory's speed: more cores, or faster memory, would help."
+
+
+def _on_hashing(report: LoadReport, num_cores: int) -> str:
+    rate = f" {report.num_bytes / report.hash_s / 1e9:.1f} GB/s" if report.hash_s else ""
+    if num_cores == 1:
+        side_by_side = "there is one core; with more, shards are hashed side by side"
+    elif report.num_shards == 1:
+        side_by_side = "there is one shard; of a checkpoint with several, up to eight are hashed side by side"
+    else:
+        side_by_side = "with more cores, more shards are hashed side by side, up to eight"
+    return (
+        f"A core hashes one shard at a time, from its first byte to its last, and does{rate} here: {side_by_side}."
+        " `prefetch.verify: none` does not hash; `weightstream verify` does it once, before."
+    )
+
+
+def _on_copies(report: LoadReport) -> str:
+    if said := _in_turn(report):
+        return said
+    if report.device == "cpu":
+        return (
+            "What is read past the page cache is copied to its place, and so is all that is cast, or comes from storage for"
+            " parameters that have some; with `prefetch.io: buffered`, those on meta are read into without a copy."
+        )
+    if not report.pinned_bytes:
+        return (
+            "They come from memory that is not page-locked, which is slower: raise the limit for that (ulimit -l, or"
+            " --ulimit memlock=-1 of a container), if there is one."
+        )
+    if waited := re.search(r"page-locking: copies waited (\S+) s", " ".join(report.decisions)):
+        return (
+            f"For {waited[1]} s of these they waited until memory was page-locked. A `Loader` that is kept does that once,"
+            " for all of its loads."
+        )
+    return "Only fewer bytes, or another bus, would be faster."
+
+
+def _in_turn(report: LoadReport) -> str | None:
+    """Return what to say where reads and copies did not go on at once, although there were both."""
+    if report.overlap or not report.num_copies:
+        return None
+    if report.strategy == "preload":
+        return "`preload` copies nothing before it has read everything: with `strategy: stream` both go on at once."
+    if report.strategy == "direct":
+        return (
+            "`direct` has room for one chunk, which is read, and then copied: with room for two (prefetch.host_memory) and"
+            " `strategy: stream` both go on at once."
+        )
+    return None
+
+
+def _on_python(report: LoadReport, spent_s: float) -> str:
+    phases = report.phases
+    if spent_s <= _MANY_S * report.num_tensors:
+        each = f"{spent_s / report.num_tensors * 1e6:.0f} µs each"
+        advice = (
+            f"It checks and places {report.num_tensors:,} tensors, {each}, which grows with their number and not with their"
+            " bytes: no setting changes it, only fewer and larger tensors would."
+        )
+    elif spent_s <= _START_S:
+        advice = (
+            f"These {spent_s * 1e3:.0f} ms are what any load takes to start, to check files and model, and to end, however"
+            " small it is: there is nothing to gain."
+        )
+    elif phases["preflight"] >= phases["bind"] + phases["other"]:
+        advice = (
+            f"That is long for {report.num_tensors:,} tensors: files were opened and their headers read, {report.num_shards}"
+            " in all, and storage that answers slowly, or a busy machine, makes that long. Fewer and larger files help."
+        )
+    else:
+        advice = (
+            f"That is long for {report.num_tensors:,} tensors: what ties compare, hooks do, and modules that load themselves"
+            " copy comes after the last byte, and a busy machine makes all of it long."
+        )
+    if report.strategy == "map":
+        advice += " The files are mapped: what was not in the page cache is still to come, when it is used."
+    return advice

@@ -114,7 +114,7 @@ async def test_summary_speaks_of_copies_and_says_what_to_do_about_them(
 
     assert explain(report).startswith(
         "It waited for copies most: 53% of the time, 47% for reading. What is read past the page cache is copied to its"
-        " place, and so is all that comes from storage for parameters that have some; with `prefetch.io: buffered`"
+        " place, and so is all that is cast, or comes from storage for parameters that have some; with `prefetch.io: buffered`"
     )
     console = Console(file=StringIO(), width=400)
     print_report(console, report)

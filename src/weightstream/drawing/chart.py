@@ -35,6 +35,7 @@ COLORS = {
     "submit": "#56B4E9",
     "copy": "#E69F00",
     "bind": "#009E73",
+    "consumer": "#F0E442",
     "other": "#4D4D4D",
 }
 #: Bars are this opaque, and their thin borders wholly: bars that touch can be told apart where there is room, and where
