@@ -11,7 +11,7 @@ import mmap
 import os
 import threading
 
-from weightstream.prefetch.memory import MAP_FAILED, PAGE_BYTES, mapping_libc, own_mapping
+from weightstream.prefetch.memory import MAP_FAILED, PAGE_BYTES, mapping_libc, own_mapping, unmap_with
 
 __all__ = ["Arena"]
 
@@ -29,7 +29,9 @@ class Arena:
     def __init__(self) -> None:
         self._libc = mapping_libc()
         self._lock = threading.Lock()
-        self._rest = _Rest()
+        #: What is left of a mapping.
+        self._address, self._rest_bytes = ctypes.c_size_t(0), ctypes.c_size_t(0)
+        unmap_with(self, self._libc, self._address, self._rest_bytes)
 
     def allocate(self, num_bytes: int) -> memoryview:
         """Return `num_bytes` (> 0) of memory that begins on a page, advised to use huge pages.
@@ -39,14 +41,14 @@ class Arena:
         """
         whole_bytes = -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
         with self._lock:
-            if self._rest.num_bytes < whole_bytes:
-                self._rest.unmap(self._libc)
+            if self._rest_bytes.value < whole_bytes:
+                self._libc.munmap(self._address, self._rest_bytes)
+                self._rest_bytes.value = 0  # also if there is no more to be had
                 self._map(max(whole_bytes, _SEGMENT_BYTES), at_least=whole_bytes)
-            address = self._rest.take(whole_bytes)
+            address = self._address.value
+            self._address.value += whole_bytes
+            self._rest_bytes.value -= whole_bytes
         return own_mapping(self._libc, address, num_bytes, whole_bytes)
-
-    def __del__(self) -> None:
-        self._rest.unmap(self._libc)
 
     def _map(self, num_bytes: int, *, at_least: int) -> None:
         # A length of whole huge pages: only such a mapping is laid onto their borders (Linux 6.7).
@@ -56,24 +58,6 @@ class Arena:
             if address != MAP_FAILED:
                 if hasattr(mmap, "MADV_HUGEPAGE"):  # a wish: a kernel without transparent huge pages says no
                     self._libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-                self._rest.address, self._rest.num_bytes = address, size
+                self._address.value, self._rest_bytes.value = address, size
                 return
         raise MemoryError(f"cannot map {at_least} bytes: {os.strerror(ctypes.get_errno())}")
-
-
-class _Rest:
-    """What is left of a mapping."""
-
-    def __init__(self) -> None:
-        self.address = self.num_bytes = 0
-
-    def take(self, num_bytes: int) -> int:
-        address = self.address
-        self.address += num_bytes
-        self.num_bytes -= num_bytes
-        return address
-
-    def unmap(self, libc: ctypes.CDLL) -> None:
-        if self.num_bytes:
-            libc.munmap(self.address, self.num_bytes)
-        self.address = self.num_bytes = 0

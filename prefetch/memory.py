@@ -7,6 +7,8 @@ with huge pages and 0.8 s without (two cores, Linux 6.18).
 from __future__ import annotations
 
 import ctypes
+import functools
+import itertools
 import mmap
 import os
 import platform
@@ -29,6 +31,7 @@ __all__ = [
     "copy_out",
     "mapping_libc",
     "own_mapping",
+    "unmap_with",
     "usable_cores",
 ]
 
@@ -77,17 +80,42 @@ def mapping_libc() -> ctypes.CDLL:
     size, flag = ctypes.c_size_t, ctypes.c_int
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, size, flag, flag, flag, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, size]
+    libc.munmap.argtypes = [size, size]
     return libc
 
 
-#: What unmaps mapped memory with its last reference. Not `weakref.finalize`: when a program ends, that walks over all of
-#: its kind, and fails if a thread that still loads makes another meanwhile.
-_owned: dict[int, weakref.ref[ctypes.Array[ctypes.c_ubyte]]] = {}
+class _Unmapping(weakref.ref[object]):
+    """Calls `munmap` when what it refers to has gone. It is passed to that function itself, as one argument too many."""
+
+    __slots__ = ()
+    _as_parameter_ = None
+
+
+#: What is to be unmapped with something. Not `weakref.finalize`: when a program ends, that walks over all of its kind, and
+#: fails if a thread that still loads makes another meanwhile.
+_kept: dict[int, tuple[object, object]] = {}
+_keys = itertools.count()
+
+
+def unmap_with(owner: object, libc: ctypes.CDLL, address: object, num_bytes: object) -> None:
+    """Have memory unmapped when `owner` goes, or leave it mapped to the very end of the process.
+
+    The last reference may be let go anywhere, in the middle of Ctrl-C too: what is called then (`munmap`, `dict.pop`) is
+    no Python code, so no signal's handler runs, and raises KeyboardInterrupt, before it is done.
+
+    Args:
+        owner: what the memory belongs to. It can be referred to weakly.
+        libc: from `mapping_libc`.
+        address: where the memory begins: an integer, or a `ctypes.c_size_t` that says so in the end.
+        num_bytes: its length, likewise.
+    """
+    key = next(_keys)  # not the address: that may be somebody else's between the two calls
+    unmapping = _Unmapping(owner, functools.partial(libc.munmap, address, num_bytes))
+    _kept[key] = (unmapping, weakref.ref(owner, functools.partial(_kept.pop, key)))
 
 
 def own_mapping(libc: ctypes.CDLL, address: int, num_bytes: int, whole_bytes: int | None = None) -> memoryview:
-    """Return mapped memory that is unmapped with its last reference, or stays to the very end of the process.
+    """Return mapped memory that is unmapped with its last reference; see `unmap_with`.
 
     Args:
         libc: from `mapping_libc`.
@@ -96,13 +124,7 @@ def own_mapping(libc: ctypes.CDLL, address: int, num_bytes: int, whole_bytes: in
         whole_bytes: how much is unmapped, if that is more.
     """
     memory = (ctypes.c_ubyte * num_bytes).from_address(address)
-    munmap, owned, length = libc.munmap, _owned, num_bytes if whole_bytes is None else whole_bytes
-
-    def unmap(_: weakref.ref[ctypes.Array[ctypes.c_ubyte]]) -> None:
-        del owned[address]  # before somebody else can get this address
-        munmap(address, length)
-
-    owned[address] = weakref.ref(memory, unmap)
+    unmap_with(memory, libc, address, num_bytes if whole_bytes is None else whole_bytes)
     return memoryview(memory).cast("B")
 
 

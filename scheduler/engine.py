@@ -71,6 +71,9 @@ class Engine:
         self.budget = Budget(config.prefetch.host_memory)
         self._pid = os.getpid()
         self._lock = threading.Lock()
+        #: Held by who closes the engine; whoever else wants to, because he was interrupted, waits for him.
+        self._closing = threading.RLock()
+        self._is_closed = False
         self._backends: dict[torch.device, Backend] = {}
         self._pinning = Pinning()
         self._num_ring_users = 0
@@ -350,8 +353,23 @@ class Engine:
         """
         if self.is_foreign:
             return
+        self.hurry(ended_by)
+        with self._closing:
+            if not self._is_closed:
+                self._close()
+                self._is_closed = True
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` has come to its end, or has nothing to do here."""
+        return self._is_closed or self.is_foreign
+
+    def hurry(self, ended_by: type[BaseException] | None) -> None:
+        """Wait for no stragglers in `close` if this ends the program, as KeyboardInterrupt and cancellations do."""
         if ended_by is not None and not issubclass(ended_by, Exception):
             self.stragglers.hurry()
+
+    def _close(self) -> None:
         num_stuck = self.stragglers.wait(_CLOSE_GRACE_S)
         if num_stuck:
             logger.warning(

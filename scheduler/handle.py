@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,6 +17,7 @@ import torch
 from weightstream.prefetch.readers import Thread
 from weightstream.scheduler.clock import SystemClock
 from weightstream.scheduler.consumer import ConsumerSink
+from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.job import Job
 from weightstream.scheduler.report import LoadReport, Progress
 
@@ -23,6 +25,7 @@ __all__ = [
     "EVENT_INTERVAL_S",
     "LoadHandle",
     "TensorStream",
+    "end_alone",
     "events",
     "in_own_thread",
     "insist",
@@ -45,8 +48,11 @@ async def settle(future: Future[T]) -> T:
     return await asyncio.wrap_future(future)
 
 
-async def outlast(future: Future[T], *, timeout_s: float | None = None) -> None:
-    """Wait until a future of another thread is done, or for so long, and leave its result and its error alone."""
+async def outlast(future: Future[T] | asyncio.Task[T], *, timeout_s: float | None = None) -> None:
+    """Wait until a future of another thread, or a task, is done, or for so long; leave its result and its error alone."""
+    if isinstance(future, asyncio.Task):
+        await asyncio.wait([future], timeout=timeout_s)
+        return
     waiter = asyncio.wrap_future(future)
     try:
         await asyncio.wait([waiter], timeout=timeout_s)
@@ -55,8 +61,8 @@ async def outlast(future: Future[T], *, timeout_s: float | None = None) -> None:
             waiter.exception()
 
 
-async def insist(future: Future[T], *, on_cancel: Callable[[], None] = lambda: None) -> None:
-    """Wait until a future of another thread is done, however often the waiting task is cancelled meanwhile.
+async def insist(future: Future[T] | asyncio.Task[T], *, on_cancel: Callable[[], None] = lambda: None) -> None:
+    """Wait until a future of another thread, or a task, is done, however often the waiting task is cancelled meanwhile.
 
     `on_cancel` is called each time, and must not block.
 
@@ -133,6 +139,27 @@ async def stop_and_settle(job: Job) -> None:
     job.stop()
     await insist(job.finished)
     job.finished.exception()
+
+
+def end_alone(job: Job, engine: Engine) -> None:
+    """End a load and the engine that it has for itself, and wait for that. In a forked child, do nothing.
+
+    It is done on a thread of its own, which no signal interrupts. The caller may be interrupted before that is there: so
+    it is called twice, by two `finally` in each other, and does nothing the second time.
+    """
+    if engine.is_closed:
+        return
+    engine.hurry(sys.exc_info()[0])
+
+    def end() -> None:
+        job.end()
+        engine.close()
+
+    ended, thread = in_own_thread(end)
+    # The garbage collector closes a forgotten iterator on whatever thread it runs, even one that must end first.
+    if not threading.current_thread().name.startswith("weightstream-"):
+        thread.join()
+        ended.result()
 
 
 class LoadHandle:

@@ -85,8 +85,10 @@ class Job:
             future.set_running_or_notify_cancel()  # a waiter that is cancelled must not cancel them for the others
         self.readiness = Readiness()
         self._engine = engine
-        #: Held by who runs the load, or ends it without its having run: one or the other, and once.
-        self._claim = threading.Lock()
+        #: Who has it: its thread, or nobody, where it was ended without having run; see `_is_claimed_by`.
+        self._claim: dict[str, str] = {}
+        #: Re-entrant: the collector may stop a load in the middle of this.
+        self._ending = threading.RLock()
         self._path = path
         self._sink: Sink | None = sink
         self._streams = streams
@@ -135,19 +137,22 @@ class Job:
         """
         if self.is_foreign:
             return
-        if self._claim.acquire(blocking=False):
-            self._end(None, error or LoadCancelledError("the load was cancelled"))
-        self.stop()
+        self.stop(error)
         self.finished.exception()
 
     def stop(self, error: BaseException | None = None) -> None:
-        """Ask the load to end, from any thread, without waiting.
+        """Ask the load to end, from any thread, without waiting. One that does not run yet has ended then, and never will.
 
-        A load that has ended takes no notice, nor does one in the parent of a forked child.
+        A load that has ended takes no notice, nor does one in the parent of a forked child. Where the calling thread was
+        interrupted, it may be called again.
         """
         if self.is_foreign:
             return
         self._stop = self._stop or error or LoadCancelledError("the load was cancelled")
+        if self._is_claimed_by("nobody"):
+            with self._ending:
+                if not self.finished.done():
+                    self._end(None, self._stop)
         for waiting in (self._files, self._flow):
             if waiting is not None:
                 waiting.stop(self._stop)
@@ -179,8 +184,12 @@ class Job:
             self._fallbacks.append(sentence)
             logger.warning("%s: %s", self._path, sentence)
 
+    def _is_claimed_by(self, whom: str) -> bool:
+        """Give the load to whoever asks first, for good. Not a lock: who is interrupted here may ask again."""
+        return self._claim.setdefault("by", whom) == whom
+
     def _run(self) -> None:
-        if not self._claim.acquire(blocking=False):
+        if not self._is_claimed_by("its thread"):
             return
         sink = self._sink
         assert sink is not None
@@ -210,22 +219,21 @@ class Job:
         try:
             self._tell(report, error)
         finally:  # also if a handler of the program's log raises: somebody waits for these
+            if error is not None and not self.started.done():
+                self.started.set_exception(error)
             if report is not None:
                 self.finished.set_result(report)
-            elif error is not None:
-                if not self.started.done():
-                    self.started.set_exception(error)
+            elif error is not None and not self.finished.done():
                 self.finished.set_exception(error)
 
     def _tell(self, report: LoadReport | None, error: BaseException | None) -> None:
         """Let everything go, and tell all but those who wait for the end of the load."""
         bytes_read = self.progress().bytes_read  # the last counts outlive the flow
         self._flow = self._files = None
-        sink = self._sink
-        assert sink is not None
-        self._sink = None  # it refers to the model: who keeps a handle must not keep the model's old tensors alive
         self._state = "failed" if report is None else "done"
-        sink.end(error)
+        if self._sink is not None:
+            self._sink.end(error)
+        self._sink = None  # it refers to the model: who keeps a handle must not keep the model's old tensors alive
         self.readiness.end(error)
         wall_s, sections = self._ledger.wall_s, self._ledger.sections
         self._telemetry.end(Ended(report, error, wall_s, sections, bytes_read, self._num_retries))

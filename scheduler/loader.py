@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
 
@@ -50,7 +48,14 @@ def make_job(
     streams: Mapping[torch.device, object],
     recorder: Recorder | None = None,
 ) -> Job:
-    """Make a job for the checkpoint at `path`, or for the one that the configuration names.
+    """Make a job for the checkpoint at `path`, or for the one that the configuration names; it has not been started.
+
+    Args:
+        engine: see `Job`.
+        path: None: what the configuration names.
+        sink: see `Job`.
+        streams: see `Job`.
+        recorder: see `Job`.
 
     Raises:
         ValueError: neither names one; or the recorder has recorded a load before.
@@ -89,7 +94,7 @@ class Loader:
             raise RuntimeError("this Loader was entered before: make a new one")
         self._engine = Engine(self._config, self._machine)
         opened = asyncio.Event()
-        self._supervisor = asyncio.create_task(self._supervise(opened), name="weightstream-supervisor")
+        self._supervisor = asyncio.create_task(self._supervise(self._engine, opened), name="weightstream-supervisor")
         try:
             await opened.wait()
         except BaseException as error:
@@ -112,16 +117,9 @@ class Loader:
         assert engine is not None
         if engine.is_foreign:
             return
-        ended: Future[None] = Future()
-        ended.set_running_or_notify_cancel()  # a closing task that is cancelled must not cancel it: loads still run
-        self._supervisor.add_done_callback(lambda _: ended.set_result(None))
+        engine.hurry(ended_by)
         self._closing.set()
-        try:
-            await insist(ended, on_cancel=engine.stragglers.hurry)
-        finally:
-            closed, thread = in_own_thread(functools.partial(engine.close, ended_by=ended_by), spawn=engine.clock.spawn)
-            await insist(closed, on_cancel=engine.stragglers.hurry)
-            thread.join()
+        await insist(self._supervisor, on_cancel=engine.stragglers.hurry)  # loads still run
 
     async def start(
         self,
@@ -146,7 +144,7 @@ class Loader:
             ValueError: no checkpoint is named; or the recorder has recorded a load before.
             RuntimeError: the loader is not open, or the process was forked.
         """
-        return LoadHandle(await self._begin(ModelSink(self._open_engine(), model, device_map), path, recorder))
+        return await self._begin(self._job(ModelSink(self._open_engine(), model, device_map), path, recorder))
 
     async def load(
         self,
@@ -172,16 +170,16 @@ class Loader:
             WeightstreamError: the load failed. See `LoadHandle.wait` for what is true of the model then.
             Exception: whatever `on_progress` raises; the load has been cancelled.
         """
-        job = await self._begin(ModelSink(self._open_engine(), model, device_map), path, recorder)
+        job = self._job(ModelSink(self._open_engine(), model, device_map), path, recorder)
         return await self._complete(job, on_progress)
 
     async def warm(self, path: Path | None = None) -> LoadReport:
         """Read a checkpoint into the page cache and nowhere else. Errors and cancellation as in `load`."""
-        return await self._complete(await self._begin(NowhereSink(self._open_engine()), path))
+        return await self._complete(self._job(NowhereSink(self._open_engine()), path, None))
 
     async def start_warm(self, path: Path | None = None, *, recorder: Recorder | None = None) -> LoadHandle:
         """Start what `warm` does; return once the preflight has passed. Errors and cancellation as in `start`."""
-        return LoadHandle(await self._begin(NowhereSink(self._open_engine()), path, recorder))
+        return await self._begin(self._job(NowhereSink(self._open_engine()), path, recorder))
 
     def stream(self, path: Path | None = None, *, recorder: Recorder | None = None) -> TensorStream:
         """Read a checkpoint tensor by tensor, without a model, in the order of its files.
@@ -192,53 +190,69 @@ class Loader:
             An asynchronous iterator of (name, tensor on `device.target`). Errors are raised while iterating.
         """
         sink = ConsumerSink(self._open_engine())
-        return TensorStream(self._launch(sink, path, recorder), sink)
+        job = self._job(sink, path, recorder)
+        stream = TensorStream(job, sink)
+        try:
+            self._launch(job)
+        except BaseException:
+            job.stop()
+            raise
+        return stream
 
     def _open_engine(self) -> Engine:
         if self._engine is None or self._tasks is None:
             raise RuntimeError("the Loader is not open: use it inside `async with`")
         return self._engine
 
-    def _launch(self, sink: Sink, path: Path | None, recorder: Recorder | None) -> Job:
-        job = make_job(self._open_engine(), path, sink, caller_streams(), recorder)
-        assert self._tasks is not None
-        job.start()
-        self._tasks.start_soon(self._attend, job)
-        return job
+    def _job(self, sink: Sink, path: Path | None, recorder: Recorder | None) -> Job:
+        return make_job(self._open_engine(), path, sink, caller_streams(), recorder)
 
-    async def _begin(self, sink: Sink, path: Path | None, recorder: Recorder | None = None) -> Job:
-        job = self._launch(sink, path, recorder)
+    def _launch(self, job: Job) -> None:
+        """Start a job that somebody waits for already: whatever interrupts this thread, it ends before the loader does."""
+        assert self._tasks is not None
+        self._tasks.start_soon(self._attend, job)
+        job.start()
+
+    async def _begin(self, job: Job) -> LoadHandle:
+        handle = LoadHandle(job)
         try:
+            self._launch(job)
             await settle(job.started)
         except BaseException:
             await stop_and_settle(job)
             raise
-        return job
+        return handle
 
     async def _complete(self, job: Job, on_progress: Callable[[Progress], object] | None = None) -> LoadReport:
         try:
+            handle = await self._begin(job)
             if on_progress is not None:
-                async for progress in LoadHandle(job).events():
+                async for progress in handle.events():
                     on_progress(progress)
             return await settle(job.finished)
         except BaseException:
             await stop_and_settle(job)
             raise
 
-    async def _supervise(self, opened: asyncio.Event) -> None:
-        """Own the task group of this loader's loads, in a task of its own, until the loader is closed.
+    async def _supervise(self, engine: Engine, opened: asyncio.Event) -> None:
+        """Own the task group of this loader's loads, and its engine, in a task of its own, until the loader is closed.
 
         A task group that `__aenter__` entered would bind the loader to the task that opened it. When the event loop
-        itself is shut down, this task is cancelled like all others, and so every load ends before the loop does.
+        itself is shut down, this task is cancelled like all others, and so every load and every thread ends before the
+        loop does: also where Ctrl-C has come out of the loop in the middle of anything.
         """
         try:
-            async with anyio.create_task_group() as tasks:
-                self._tasks = tasks
-                opened.set()
-                await self._closing.wait()
-                tasks.cancel_scope.cancel()
-        finally:
-            self._tasks = None
+            try:
+                async with anyio.create_task_group() as tasks:
+                    self._tasks = tasks
+                    opened.set()
+                    await self._closing.wait()
+                    tasks.cancel_scope.cancel()
+            finally:
+                self._tasks = None
+                await _close_engine(engine)
+        finally:  # once more, because this thread may be interrupted in the middle of it, or before
+            await _close_engine(engine)
 
     async def _attend(self, job: Job) -> None:
         """Wait for one load; stop it when the loader is closed. Its error belongs to its handle, not to its siblings."""
@@ -246,3 +260,10 @@ class Loader:
             await outlast(job.finished)
         finally:
             await stop_and_settle(job)
+
+
+async def _close_engine(engine: Engine) -> None:
+    if not engine.is_closed:
+        closed, thread = in_own_thread(engine.close, spawn=engine.clock.spawn)
+        await insist(closed, on_cancel=engine.stragglers.hurry)
+        thread.join()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -18,7 +15,7 @@ from weightstream.device.config import UserMap
 from weightstream.scheduler import loader as scheduler
 from weightstream.scheduler.consumer import ConsumerSink, drain
 from weightstream.scheduler.engine import Engine
-from weightstream.scheduler.handle import EVENT_INTERVAL_S, events, in_own_thread
+from weightstream.scheduler.handle import EVENT_INTERVAL_S, end_alone, events
 from weightstream.scheduler.job import Job
 from weightstream.scheduler.machine import Machine
 from weightstream.scheduler.report import LoadReport, Progress
@@ -79,14 +76,17 @@ def load_sync(
 
     An exception in the waiting thread (KeyboardInterrupt, or what `on_progress` raises) cancels the load and cleans up.
     """
-    with Engine(LoaderConfig() if config is None else config) as engine:
-        job = scheduler.make_job(engine, path, ModelSink(engine, model, device_map), caller_streams(), recorder)
+    engine = Engine(LoaderConfig() if config is None else config)
+    sink = ModelSink(engine, model, device_map)
+    job = scheduler.make_job(engine, path, sink, caller_streams(), recorder)
+    try:
         try:
             job.start()
             return _result(job, on_progress)
-        except BaseException:
-            job.end()
-            raise
+        finally:
+            end_alone(job, engine)
+    finally:  # once more, because this thread may be interrupted in the middle of it, or before
+        end_alone(job, engine)
 
 
 def iter_tensors(
@@ -113,31 +113,22 @@ def iter_tensors(
         RuntimeError: the process was forked, and this is the child. Closing the iterator there does nothing.
     """
     engine = Engine(LoaderConfig() if config is None else config)
-    job: Job | None = None
+    sink = ConsumerSink(engine)
+    job = scheduler.make_job(engine, path, sink, caller_streams(), recorder)
     try:
-        sink = ConsumerSink(engine)
-        job = scheduler.make_job(engine, path, sink, caller_streams(), recorder)
-        job.start()
-        told_s = time.monotonic()
-        for item in drain(sink):
-            yield item
-            if on_progress is not None and time.monotonic() - told_s >= EVENT_INTERVAL_S:
-                told_s = time.monotonic()
-                on_progress(job.progress())
-        _result(job, on_progress)
-    finally:
-        if not engine.is_foreign:
-            ended, thread = in_own_thread(functools.partial(_end, job, engine, sys.exc_info()[0]))
-            # The garbage collector closes a forgotten iterator on whatever thread it runs, even one that must end first.
-            if not threading.current_thread().name.startswith("weightstream-"):
-                thread.join()
-                ended.result()
-
-
-def _end(job: Job | None, engine: Engine, ended_by: type[BaseException] | None) -> None:
-    if job is not None:
-        job.end()
-    engine.close(ended_by=ended_by)
+        try:
+            job.start()
+            told_s = time.monotonic()
+            for item in drain(sink):
+                yield item
+                if on_progress is not None and time.monotonic() - told_s >= EVENT_INTERVAL_S:
+                    told_s = time.monotonic()
+                    on_progress(job.progress())
+            _result(job, on_progress)
+        finally:
+            end_alone(job, engine)
+    finally:  # as in load_sync
+        end_alone(job, engine)
 
 
 def _result(job: Job, on_progress: Callable[[Progress], object] | None = None) -> LoadReport:

@@ -207,16 +207,16 @@ class TestReadThatIsSlow:
         rig = make_rig("host")
         gate = rig.disk.stop_at(0, is_stuck=True)
         async with rig.loader(workers=1) as loader:
-            before = set(memory._owned)
+            before = set(memory._kept)
             handle = await loader.start(on_meta(), path)
             gate.wait_reached()
             await handle.cancel()
-            (address,) = set(memory._owned) - before  # the others are gone
+            (address,) = set(memory._kept) - before  # the others are gone
             rig.disk.closed.clear()
             gate.open()
             assert rig.disk.closed.wait(30)
             rig.clock.wait_idle()
-            assert address not in memory._owned
+            assert address not in memory._kept
 
 
 async def test_memory_of_a_ring_of_its_own_counts_until_the_read_returns(

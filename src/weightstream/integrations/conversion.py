@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from weightstream.errors import LoadCancelledError
 from weightstream.prefetch.checkpoint import open_checkpoint
 from weightstream.scheduler.consumer import ConsumerSink, drain
 from weightstream.scheduler.engine import Engine
+from weightstream.scheduler.handle import end_alone
 from weightstream.scheduler.job import Job
 from weightstream.scheduler.loader import make_job
 from weightstream.scheduler.sinks import ModelSink, Sink
@@ -129,54 +130,56 @@ class Weights:
         with open_checkpoint(path, allow_outside_links=config.prefetch.allow_outside_links) as checkpoint:
             groups, converted = _group(list(checkpoint.tensors), model, settings.weight_mapping)
         plain = not converted and all(group == name for name, group in groups.items())
-        with Engine(config) as engine:
-            if plain and not settings.ignore_mismatched_sizes:
-                return self._place(engine, model, path, settings)
-            return self._convert(engine, model, path, settings, groups)
+        engine = Engine(config)
+        use: Callable[[], Any]
+        if plain and not settings.ignore_mismatched_sizes:
+            _declare(model, settings)
+            job = self._make_job(engine, path, ModelSink(engine, model))
+            use = functools.partial(_place, job, model, settings)
+        else:
+            sink = ConsumerSink(engine)
+            job = self._make_job(engine, path, sink)
+            use = functools.partial(_convert, job, sink, model, settings, groups)
+        try:
+            try:
+                job.start()
+                return use()
+            finally:
+                end_alone(job, engine)
+        finally:  # once more, because this thread may be interrupted in the middle of it, or before
+            end_alone(job, engine)
 
-    def _start(self, engine: Engine, path: Path, sink: Sink) -> Job:
+    def _make_job(self, engine: Engine, path: Path, sink: Sink) -> Job:
         with self._lock:
             self.check()
             self._job = make_job(engine, path, sink, caller_streams())
-            self._job.start()
-        return self._job
+            return self._job
 
-    def _place(self, engine: Engine, model: Any, path: Path, settings: Any) -> Any:  # noqa: ANN401
-        """Load straight into the model's own parameters."""
-        _declare(model, settings)
-        job = self._start(engine, path, ModelSink(engine, model))
-        try:
-            report = job.finished.result()
-        except BaseException:
-            job.end()
-            raise
-        missing = set(report.missing_keys)
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if name not in missing:
-                tensor._is_hf_initialized = True  # noqa: SLF001 - or transformers would initialise it
-        model._weight_conversions = [rule for rule in settings.weight_mapping or () if rule.was_used()]  # noqa: SLF001
-        return _info(missing_keys=missing, unexpected_keys=set(report.unexpected_keys))
 
-    def _convert(self, engine: Engine, model: Any, path: Path, settings: Any, groups: dict[str, str]) -> Any:  # noqa: ANN401
-        """Stream the tensors, and let transformers convert them as soon as their groups are complete."""
-        info = _info(missing_keys=set(model.state_dict()))
-        sink = ConsumerSink(engine)
-        job = self._start(engine, path, sink)
-        try:
-            for portion in _portions(drain(sink), groups):
-                found, _ = loading.convert_and_load_state_dict_in_model(
-                    model=model, state_dict=portion, load_config=settings
-                )
-                info.missing_keys &= found.missing_keys
-                info.unexpected_keys |= found.unexpected_keys
-                info.mismatched_keys |= found.mismatched_keys
-                info.conversion_errors |= found.conversion_errors
-                info.error_msgs += found.error_msgs
-                portion.clear()
-            job.finished.result()
-        finally:
-            job.end()
-        return info
+def _place(job: Job, model: Any, settings: Any) -> Any:  # noqa: ANN401
+    """Load straight into the model's own parameters."""
+    report = job.finished.result()
+    missing = set(report.missing_keys)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in missing:
+            tensor._is_hf_initialized = True  # noqa: SLF001 - or transformers would initialise it
+    model._weight_conversions = [rule for rule in settings.weight_mapping or () if rule.was_used()]  # noqa: SLF001
+    return _info(missing_keys=missing, unexpected_keys=set(report.unexpected_keys))
+
+
+def _convert(job: Job, sink: ConsumerSink, model: Any, settings: Any, groups: dict[str, str]) -> Any:  # noqa: ANN401
+    """Stream the tensors, and let transformers convert them as soon as their groups are complete."""
+    info = _info(missing_keys=set(model.state_dict()))
+    for portion in _portions(drain(sink), groups):
+        found, _ = loading.convert_and_load_state_dict_in_model(model=model, state_dict=portion, load_config=settings)
+        info.missing_keys &= found.missing_keys
+        info.unexpected_keys |= found.unexpected_keys
+        info.mismatched_keys |= found.mismatched_keys
+        info.conversion_errors |= found.conversion_errors
+        info.error_msgs += found.error_msgs
+        portion.clear()
+    job.finished.result()
+    return info
 
 
 def _places(settings: Any) -> set[int | str | torch.device]:  # noqa: ANN401
