@@ -128,11 +128,13 @@ class ModelSink:
         backends = tuple(map(engine.backend, placement.devices))
         specs = [wanted.tensors[place.name] for place in placement.places]
 
+        whole = whole_shards(checkpoint, side_by_side=config.scheduler.order == "model")
+        # What is hashed comes in the order of its bytes, and an atomic load places everything at its end.
+        has_turns = config.strategy in ("direct", "auto") and whole is None and config.device.commit != "atomic"
+        turns = find_turns(placement) if has_turns else None
+
         def make(decision: Decision) -> LoadPlan:
             with no_garbage_collection():
-                whole = whole_shards(checkpoint, side_by_side=config.scheduler.order == "model")
-                # What is hashed comes in the order of its bytes, and an atomic load places everything at its end.
-                in_turns = decision.strategy == "direct" and whole is None and config.device.commit != "atomic"
                 return make_plan(
                     specs,
                     placement.places,
@@ -145,10 +147,15 @@ class ModelSink:
                     fills_land=decision.strategy in ("stream", "map"),
                     mapped=_mapped(checkpoint, backends, decision),
                     whole=whole,
-                    turns=find_turns(placement) if in_turns else None,
+                    turns=turns if decision.strategy == "direct" else None,
                 )
 
-        decision, plan = choose(engine, files, checkpoint, source, specs, placement.places, backends, make)
+        landing = {device for device, backend in enumerate(backends) if backend.lands}
+        decision, plan = choose(
+            *(engine, files, checkpoint, source, specs, placement.places, backends, make),
+            beside_bytes=placement.staged_bytes(landing),
+            spared_bytes=0 if turns is None else turns.spared_bytes(placement.places, landing),
+        )
         return Prepared(placement, backends, plan, decision)
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:

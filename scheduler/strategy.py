@@ -40,6 +40,8 @@ class Situation:
         can_stay: whether they can be views of the mapped files: on the CPU, for parameters on meta, without a cast.
         staged_bytes: how much of them goes through slots; `preload_bytes`: what slots for all of that at once take.
         host_memory_bytes: what `prefetch.host_memory` allows, `left_bytes` of which nobody has taken.
+        beside_bytes: what of that tensors take which are held until the end beside parameters with storage; `spared_bytes`:
+            how much less `direct` holds of them, which takes them in turns.
         held_bytes: how large the ring is that the loader has already. `chunk_bytes`: `prefetch.chunk`.
         free_host_bytes: what the machine, or its control group, has left; `num_ranks` processes on it share that.
         free_device_bytes: None: unknown, or the host.
@@ -57,6 +59,8 @@ class Situation:
     preload_bytes: int
     host_memory_bytes: int
     left_bytes: int
+    beside_bytes: int
+    spared_bytes: int
     held_bytes: int
     chunk_bytes: int
     free_host_bytes: int
@@ -78,7 +82,8 @@ class Situation:
     @property
     def ring_bytes(self) -> int:
         """What `stream` stages with: less than it may where there is less. A ring that is there already counts as room."""
-        return min(self.staged_bytes, self.host_memory_bytes, max(self.room_bytes, 0) + self.held_bytes)
+        allowed_bytes = max(self.host_memory_bytes - self.beside_bytes, 0)
+        return min(self.staged_bytes, allowed_bytes, max(self.room_bytes, 0) + self.held_bytes)
 
 
 def decide(situation: Situation) -> Decision:
@@ -88,6 +93,8 @@ def decide(situation: Situation) -> Decision:
 
 
 def _choose(s: Situation) -> tuple[ChosenStrategy, str]:  # noqa: PLR0911 (one line for each row of the table)
+    if s.spared_bytes and s.beside_bytes + min(s.staged_bytes, 2 * s.chunk_bytes) > s.left_bytes + s.held_bytes:
+        return "direct", f"`host_memory` has no room for {_size(s.beside_bytes)} beside the model at once, but in turns"
     can_map = s.can_stay and s.file_system.kind != "network"
     if can_map and s.file_system.kind == "memory":
         return "map", "the files are in memory already, and a copy would double them"
@@ -99,7 +106,7 @@ def _choose(s: Situation) -> tuple[ChosenStrategy, str]:  # noqa: PLR0911 (one l
         return "direct", f"host memory has no room for two chunks of {_size(s.chunk_bytes)}"
     if s.free_device_bytes is not None and s.free_device_bytes - s.new_bytes < 2 * s.chunk_bytes:
         return "direct", f"beside the weights the device has no room for two chunks of {_size(s.chunk_bytes)}"
-    fits = s.preload_bytes <= min(s.left_bytes, s.room_bytes // 2)
+    fits = s.preload_bytes <= min(s.left_bytes - s.beside_bytes, s.room_bytes // 2)
     if s.in_place and s.file_system.kind == "network" and fits:
         return "preload", "parameters that are in use are not written to before every byte has come over the network"
     if not s.staged_bytes:

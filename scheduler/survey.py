@@ -37,6 +37,8 @@ def choose(  # noqa: PLR0913 (what there is to decide on)
     backends: Sequence[Backend],
     make: Callable[[Decision], LoadPlan],
     *,
+    beside_bytes: int = 0,
+    spared_bytes: int = 0,
     delivers: bool = False,
 ) -> tuple[Decision, LoadPlan]:
     """Return what the configuration asks for, or what `auto` decides, and the plan for it.
@@ -50,6 +52,8 @@ def choose(  # noqa: PLR0913 (what there is to decide on)
         places: what becomes of each.
         backends: where to. For several, one ring feeds them all, and `auto` looks no further.
         make: makes the plan.
+        beside_bytes: what is held beside parameters with storage; see `Situation`.
+        spared_bytes: how much less `direct` holds.
         delivers: whether a consumer takes them one by one. Such tensors wait in `host_memory`, and never in a file.
     """
     config = engine.config
@@ -59,7 +63,11 @@ def choose(  # noqa: PLR0913 (what there is to decide on)
     if len(backends) > 1:
         decision = Decision("stream", f"auto: {len(backends)} devices share one bounded ring")
         return decision, make(decision)
-    situation = survey(engine, files, checkpoint, source, specs, places, backends[0], delivers=delivers)
+    situation = dataclasses.replace(
+        survey(engine, files, checkpoint, source, specs, places, backends[0], delivers=delivers),
+        beside_bytes=beside_bytes,
+        spared_bytes=spared_bytes,
+    )
     decision = decide(situation)
     plan = make(decision)
     if decision.strategy == "preload":  # how many slots that takes says the plan alone
@@ -111,6 +119,8 @@ def survey(
         preload_bytes=staged_bytes,
         host_memory_bytes=engine.budget.limit_bytes,
         left_bytes=engine.budget.left_bytes,
+        beside_bytes=0,
+        spared_bytes=0,
         held_bytes=engine.ring.statistics().num_bytes,
         chunk_bytes=prefetch.chunk,
         free_host_bytes=available_bytes(),

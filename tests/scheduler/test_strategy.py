@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import os
 import re
 from collections.abc import Callable
@@ -42,6 +43,8 @@ ACCELERATOR = Situation(
     preload_bytes=16 * GIB,
     host_memory_bytes=GIB,
     left_bytes=GIB,
+    beside_bytes=0,
+    spared_bytes=0,
     held_bytes=0,
     chunk_bytes=16 * MIB,
     free_host_bytes=64 * GIB,
@@ -131,6 +134,21 @@ ROWS = [
     ),
     Row("the same, no free memory for two chunks", "direct", cpu(**FILL, free_host_bytes=31 * MIB)),
     Row(
+        "CPU, parameters that have storage, 2 GiB of them of modules that load themselves",
+        "direct",
+        cpu(**FILL | {"staged_bytes": 14 * GIB}, beside_bytes=2 * GIB, spared_bytes=2 * GIB - 64 * MIB),
+    ),
+    Row(
+        "the same, but they are of one module, and 20 MiB less than `host_memory`",
+        "direct",
+        cpu(**FILL | {"staged_bytes": 15 * GIB}, beside_bytes=GIB - 20 * MIB),
+    ),
+    Row(
+        "the same, but they are of many modules, and 0.5 GiB",
+        "stream",
+        cpu(**FILL | {"staged_bytes": 15 * GIB}, beside_bytes=GIB // 2, spared_bytes=GIB // 2 - 64 * MIB),
+    ),
+    Row(
         "CPU, parameters in use, network file system, `host_memory` allows for all",
         "preload",
         cpu(**FILL, **ROOMY, file_system=NFS, resident_share=None),
@@ -175,15 +193,16 @@ def test_reason_has_the_numbers_it_was_decided_on() -> None:
 
 def test_auto_never_takes_more_than_is_free() -> None:
     """Whatever is free: what is staged, and new weights in host memory that cannot stay in their files, fit."""
-    for row in ROWS:
+    for row, beside in itertools.product(ROWS, (0, GIB // 2, 8 * GIB)):
         for free in (0, 64 * MIB, GIB, 16 * GIB, 40 * GIB):
-            s = dataclasses.replace(row.values, free_host_bytes=free)
+            s = dataclasses.replace(row.values, free_host_bytes=free, beside_bytes=row.values.beside_bytes + beside)
             strategy = decide(s).strategy
             if strategy == "stream":
                 assert s.ring_bytes - s.held_bytes <= s.room_bytes or not s.staged_bytes
+                assert s.ring_bytes + s.beside_bytes <= s.left_bytes or not s.staged_bytes
             if strategy == "preload":
                 assert s.preload_bytes <= s.room_bytes // 2
-                assert s.preload_bytes <= s.left_bytes
+                assert s.preload_bytes + s.beside_bytes <= s.left_bytes
 
 
 # How it is found out

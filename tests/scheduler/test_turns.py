@@ -186,9 +186,11 @@ async def test_budget_has_to_hold_one_module_and_not_all(make_rig: MakeRig, tmp_
         with pytest.raises(ws.MemoryBudgetError, match=f"Set prefetch.host_memory to {enough} bytes"):
             await loader.load(model, path)
     assert rig.disk.num_begun == 0
-    async with rig.loader(strategy="direct", host_memory=enough) as loader:
-        await loader.load(model, path)
+    async with rig.loader(host_memory=enough) as loader:
+        report = await loader.load(model, path)
     assert_loaded(model, tensors)
+    assert report.strategy == "direct"
+    assert "beside the model at once, but in turns" in report.reason
 
 
 async def test_memory_that_is_free_has_to_hold_one_module_and_a_slot(
