@@ -29,6 +29,7 @@ FILES = "files"
 SHOWN_AS_TEXT = {".py", ".yaml", ".service", ".sh", ""}
 
 _LINK = re.compile(r"(\]\()(?!\w+:)([^)#\s]+)(#[^)\s]*)?(?=\))")
+_PICTURE = re.compile(r'(<img src=")(?!\w+:)([^"\s]+)()(?=")')  # in HTML, because it says how wide it is
 _FROM_ELSEWHERE = re.compile(r"<(?:script|img|iframe|source)[^>]*\ssrc=\"?(?:https?:)?//|<link[^>]*stylesheet[^>]*//")
 
 
@@ -49,7 +50,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         there = relpath(_in_site(target, config, files), Path(page.file.src_uri).parent.as_posix())
         return f"{match[1]}{there}{match[3] or ''}"
 
-    return _LINK.sub(replace, markdown)
+    return _PICTURE.sub(replace, _LINK.sub(replace, markdown))
 
 
 def _in_site(target: str, config: MkDocsConfig, files: Files) -> str:

@@ -72,6 +72,15 @@ def is_tried(block: Block) -> bool:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
+def test_code_is_as_wide_as_the_page(document: str) -> None:
+    """87 characters are what the site shows beside its menus on a screen of 1280 pixels. Messages are wrapped there."""
+    lines = [
+        (str(block), line) for block in blocks(document) if block.language != "text" for line in block.text.splitlines()
+    ]
+    assert [(block, line) for block, line in lines if len(line) > 87] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_fence_belongs_to_a_block(document: str) -> None:
     """Such as one that is longer, of other characters, or never closed, which would be passed over."""
     fences = re.findall(r"^\s*(?:`{3}|~{3})", (ROOT / document).read_text(), re.MULTILINE)
