@@ -25,6 +25,7 @@ __all__ = [
     "EVENT_INTERVAL_S",
     "LoadHandle",
     "TensorStream",
+    "apart",
     "end_alone",
     "events",
     "in_own_thread",
@@ -45,7 +46,11 @@ _FEW_NAMES = 5000
 
 async def settle(future: Future[T]) -> T:
     """Await a future of another thread. Cancelling the waiter leaves the future alone."""
-    return await asyncio.wrap_future(future)
+    waiter = asyncio.wrap_future(future)
+    try:
+        return await waiter
+    finally:
+        _forget_result(waiter)
 
 
 async def outlast(future: Future[T] | asyncio.Task[T], *, timeout_s: float | None = None) -> None:
@@ -57,8 +62,13 @@ async def outlast(future: Future[T] | asyncio.Task[T], *, timeout_s: float | Non
     try:
         await asyncio.wait([waiter], timeout=timeout_s)
     finally:
-        if not waiter.cancel():  # asyncio logs an error that nobody has looked at
-            waiter.exception()
+        _forget_result(waiter)
+
+
+def _forget_result(waiter: asyncio.Future[T]) -> None:
+    """Want nothing more of a waiter: asyncio logs an error that nobody has looked at."""
+    if not waiter.cancel() and not waiter.cancelled():
+        waiter.exception()
 
 
 async def insist(future: Future[T] | asyncio.Task[T], *, on_cancel: Callable[[], None] = lambda: None) -> None:
@@ -117,6 +127,12 @@ def in_own_thread(
     except BaseException:  # it is not known whether the thread is there
         run()
         raise
+
+
+def apart(action: Callable[[], T]) -> T:
+    """Call something on a thread of its own, which no signal interrupts, and wait for its result."""
+    result, _ = in_own_thread(action)
+    return result.result()
 
 
 class _Ended:

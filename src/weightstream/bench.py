@@ -20,8 +20,6 @@ from weightstream.config import LoaderConfig
 from weightstream.display import Display, format_bytes
 from weightstream.errors import MemoryBudgetError
 from weightstream.outputs import Kind, Sample
-from weightstream.prefetch.attempts import sleeping
-from weightstream.prefetch.checkpoint import open_checkpoint
 from weightstream.prefetch.memory import available_bytes
 from weightstream.samples import (
     Subject,
@@ -33,6 +31,7 @@ from weightstream.samples import (
     sample_read,
     touch,
 )
+from weightstream.scheduler.looking import look
 from weightstream.summary import print_facts, print_title
 from weightstream.verdict import Findings, Row
 from weightstream.warm import in_thread, reading
@@ -119,14 +118,9 @@ def _examine(config: LoaderConfig, *, num_runs: int, is_cold: bool) -> Subject:
     from weightstream.building import target_device  # noqa: PLC0415
 
     assert config.checkpoint is not None
-    with open_checkpoint(
-        config.checkpoint,
-        variant=config.prefetch.variant,
-        allow_outside_links=config.prefetch.allow_outside_links,
-        attempts=sleeping(config.prefetch.retries),
-    ) as checkpoint:
-        paths = tuple(shard.path for shard in checkpoint.shards)
-        specs = tuple(checkpoint.tensors.values())
+    checkpoint = look(config)
+    paths = tuple(shard.path for shard in checkpoint.shards)
+    specs = tuple(checkpoint.tensors.values())
     device = target_device(config.device.target)
     torch.empty(1, device=device)  # starts the driver, which is no part of loading
     subject = Subject(reading(config), checkpoint.path, paths, specs, device, num_runs, is_cold)

@@ -22,7 +22,6 @@ from weightstream.shutdown import Shutdown
 
 if TYPE_CHECKING:
     from weightstream.config import LoaderConfig
-    from weightstream.prefetch.checkpoint import Checkpoint
     from weightstream.scheduler.report import LoadReport
     from weightstream.warm import Destination
 
@@ -232,28 +231,18 @@ def inspect(session: _Session, checkpoint: str, *, as_json: bool) -> None:
     from weightstream.config import LoaderConfig  # noqa: PLC0415
     from weightstream.display import Output  # noqa: PLC0415
     from weightstream.outputs import Inspection, to_json  # noqa: PLC0415
-    from weightstream.prefetch.attempts import sleeping  # noqa: PLC0415
-    from weightstream.prefetch.checkpoint import open_checkpoint  # noqa: PLC0415
+    from weightstream.scheduler.looking import look  # noqa: PLC0415
     from weightstream.summary import print_checkpoint  # noqa: PLC0415
     from weightstream.warm import in_thread  # noqa: PLC0415
 
     settings = LoaderConfig(checkpoint=checkpoint)  # type: ignore[arg-type]  # a string may be a pkg:// address
 
-    def open_it() -> Checkpoint:
-        assert settings.checkpoint is not None
-        return open_checkpoint(
-            settings.checkpoint,
-            variant=settings.prefetch.variant,
-            allow_outside_links=settings.prefetch.allow_outside_links,
-            attempts=sleeping(settings.prefetch.retries),
-        )
-
     async def show() -> None:
-        with await in_thread(open_it) as opened:
-            if as_json:
-                await in_thread(lambda: _emit(to_json(Inspection.of(opened))))
-            else:
-                await in_thread(print_checkpoint, Output(), opened)
+        found = await in_thread(look, settings)
+        if as_json:
+            await in_thread(lambda: _emit(to_json(Inspection.of(found))))
+        else:
+            await in_thread(print_checkpoint, Output(), found)
 
     session.shutdown.run(show)
 

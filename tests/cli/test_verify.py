@@ -17,7 +17,7 @@ from tests.builders import flip, open_files, write_checkpoint, write_sums
 from tests.cli.conftest import Run
 from tests.fakes.filesystem import Behaviour, Fault, mounted
 from tests.fakes.fixtures import requires_fuse
-from weightstream import verifying
+from weightstream import hashing
 from weightstream.prefetch.digests import MANIFEST_NAME
 
 
@@ -136,7 +136,7 @@ def test_file_that_cannot_be_read(weightstream: Run, folder: Path, monkeypatch: 
 def test_thread_that_ends_early_does_not_make_a_digest(
     weightstream: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verifying, "_PIECE_BYTES", 2**62)  # more memory than there is
+    monkeypatch.setattr(hashing, "_PIECE_BYTES", 2**62)  # more memory than there is
     result = weightstream("verify", folder, "--write-manifest", "--quiet")
     assert (result.code, result.out) == (1, "")
     assert "MemoryError" in result.err

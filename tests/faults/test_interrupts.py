@@ -18,6 +18,8 @@ import weightstream as ws
 from tests.builders import leaves_nothing
 from tests.fakes.interrupts import interrupted
 from tests.prefetch.test_arena import address_of, is_mapped
+from tests.real.families import save_small
+from weightstream.integrations.transformers import from_pretrained
 from weightstream.prefetch.arena import Arena
 from weightstream.prefetch.memory import PAGE_BYTES
 
@@ -88,27 +90,38 @@ def fail(path: Path) -> None:
 WAYS: list[Callable[[Path], None]] = [load_sync, iterate, leave_an_iterator, load, start, stream, fail]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # some of it happens in finalizers
-def test_interrupted_load_leaves_nothing(path: Path, way: Callable[[Path], None]) -> None:
-    way(path)  # imports
+def go_through(action: Callable[[], object], *, step: int = 1) -> int:
+    """Interrupt an action at each of its moments, or at every so many-th; return how many there are."""
+    action()  # imports
     number = 0
     gc.disable()  # or finalizers of others would have moments too
     try:
         while True:
             with interrupted(number, FILES) as countdown, leaves_nothing():
                 try:
-                    way(path)
+                    action()
                 except KeyboardInterrupt:
                     pass
                 finally:
                     sys.setprofile(None)
             if not countdown.where:
-                break
-            number += 1
+                return number
+            number += step
     finally:
         gc.enable()
-    assert number > 20
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # some of it happens in finalizers
+def test_interrupted_load_leaves_nothing(path: Path, way: Callable[[Path], None]) -> None:
+    assert go_through(lambda: way(path)) > 20
+
+
+@pytest.mark.parametrize("step", [10, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("family", ["llama", "mixtral"], ids=["plain", "converted"])
+def test_interrupted_from_pretrained_leaves_nothing(tmp_path: Path, family: str, step: int) -> None:
+    save_small(family, tmp_path, dtype=torch.float32)
+    assert go_through(lambda: from_pretrained(tmp_path, config=CONFIG), step=step) > 50
 
 
 def test_interrupt_does_not_keep_memory_from_being_unmapped() -> None:

@@ -22,12 +22,13 @@ from weightstream.config import LoaderConfig
 from weightstream.device.accelerator import caller_streams, find_device
 from weightstream.device.config import DeviceConfig
 from weightstream.errors import LoadCancelledError
-from weightstream.prefetch.checkpoint import open_checkpoint
+from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.scheduler.consumer import ConsumerSink, drain
 from weightstream.scheduler.engine import Engine
-from weightstream.scheduler.handle import end_alone
+from weightstream.scheduler.handle import apart, end_alone
 from weightstream.scheduler.job import Job
 from weightstream.scheduler.loader import make_job
+from weightstream.scheduler.looking import look
 from weightstream.scheduler.sinks import ModelSink, Sink
 
 __all__ = ["Weights", "converted_names", "loading"]
@@ -97,8 +98,8 @@ class Weights:
         path = self._path(files)
         if not path.is_file():
             return False
-        with open_checkpoint(path, allow_outside_links=self._config.prefetch.allow_outside_links) as checkpoint:
-            return {shard.path.name for shard in checkpoint.shards} == {Path(file).name for file in files}
+        found = _look(self._config, path)
+        return {shard.path.name for shard in found.shards} == {Path(file).name for file in files}
 
     def _path(self, files: list[str]) -> Path:
         """Return what stands for a checkpoint of these files: the only one, or the index beside them."""
@@ -127,8 +128,7 @@ class Weights:
         target = DeviceConfig(target=str(device), strict=False)
         config = self._config.model_copy(update={"device": target})
         path = self._path(files)
-        with open_checkpoint(path, allow_outside_links=config.prefetch.allow_outside_links) as checkpoint:
-            groups, converted = _group(list(checkpoint.tensors), model, settings.weight_mapping)
+        groups, converted = _group(list(_look(config, path).tensors), model, settings.weight_mapping)
         plain = not converted and all(group == name for name, group in groups.items())
         engine = Engine(config)
         use: Callable[[], Any]
@@ -154,6 +154,10 @@ class Weights:
             self.check()
             self._job = make_job(engine, path, sink, caller_streams())
             return self._job
+
+
+def _look(config: LoaderConfig, path: Path) -> Checkpoint:
+    return apart(lambda: look(config.model_copy(update={"checkpoint": path})))
 
 
 def _place(job: Job, model: Any, settings: Any) -> Any:  # noqa: ANN401

@@ -20,8 +20,9 @@ from weightstream.errors import CheckpointError, UnsupportedFormatError
 from weightstream.integrations.conversion import Weights, converted_names, loading
 from weightstream.prefetch.checkpoint import open_checkpoint
 from weightstream.prefetch.finding import find_checkpoint
+from weightstream.prefetch.header import TensorSpec
 from weightstream.ranks import ranked_logger
-from weightstream.scheduler.handle import in_own_thread, insist, settle
+from weightstream.scheduler.handle import apart, in_own_thread, insist, settle
 
 __all__ = ["build_on_meta", "from_pretrained", "from_pretrained_async"]
 
@@ -308,9 +309,18 @@ def _choose_no_kernels(config: Any) -> None:  # noqa: ANN401
 
 
 def _stored_dtype(path: str | os.PathLike[str], variant: str | None) -> torch.dtype:
-    with open_checkpoint(path, variant=variant) as checkpoint:
-        floats = (_FLOATS.get(spec.dtype) for spec in checkpoint.tensors.values())
-        return next((dtype for dtype in floats if dtype is not None), torch.get_default_dtype())
+    floats = (_FLOATS.get(spec.dtype) for spec in _tensors(path, variant).values())
+    return next((dtype for dtype in floats if dtype is not None), torch.get_default_dtype())
+
+
+def _tensors(path: str | os.PathLike[str], variant: str | None) -> dict[str, TensorSpec]:
+    """Return what is in a checkpoint. On another thread: a signal must not leave its files open."""
+
+    def look() -> dict[str, TensorSpec]:
+        with open_checkpoint(path, variant=variant) as checkpoint:
+            return checkpoint.tensors
+
+    return apart(look)
 
 
 def _architecture(config: Any) -> type:  # noqa: ANN401
@@ -338,8 +348,7 @@ def _refuse_conversion(model: Any, path: str | os.PathLike[str], variant: str | 
     rules = _mapping.get_model_conversion_mapping(model)
     if not any(isinstance(rule, loading.WeightConverter) for rule in rules):
         return
-    with open_checkpoint(path, variant=variant) as checkpoint:
-        converted = converted_names(list(checkpoint.tensors), model, rules)
+    converted = converted_names(list(_tensors(path, variant)), model, rules)
     if converted:
         raise UnsupportedFormatError(
             f"transformers makes other tensors of {len(converted)} of this checkpoint's, and a load takes them as they are",
