@@ -161,6 +161,10 @@ def _copy(case: Case) -> None:
     case.wall_s = copy_ceiling(case.device, num_bytes=case.num_bytes, chunk_bytes=16 * 2**20).wall_s
 
 
+#: Where what is read stays in host memory, more threads than this do not read faster.
+_MOST_ON_THE_HOST = 8
+
+
 def _reader(num_threads: int, *, direct: bool) -> Arm:
     how = "direct" if direct else "buffered"
     return Arm(
@@ -169,12 +173,13 @@ def _reader(num_threads: int, *, direct: bool) -> Arm:
         "ceiling",
         functools.partial(_read, num_threads=num_threads, direct=direct),
         begins="nothing",
+        devices=("cpu", "cuda") if num_threads <= _MOST_ON_THE_HOST else ("cuda",),
         caches=("cold",) if direct else ("cold", "warm"),  # past the page cache: what is in it is no help
     )
 
 
 CEILINGS = (
-    *(_reader(threads, direct=direct) for direct in (False, True) for threads in (1, 2, 4, 8)),
+    *(_reader(threads, direct=direct) for direct in (False, True) for threads in (1, 2, 4, 8, 12, 16)),
     Arm(
         "copy",
         "raw page-locked copy to the device",

@@ -18,7 +18,7 @@ import ctypes
 import mmap
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -181,6 +181,9 @@ def numa_node_of(device: torch.device, *, devices: Path = Path("/sys/bus/pci/dev
 def _current(stream: torch.Stream) -> Generator[None, None, None]:
     """Make a stream the calling thread's current one. A stream as a context itself would serve one thread at a time."""
     before = torch.accelerator.current_stream(stream.device)
+    if before == stream:
+        yield
+        return
     torch.accelerator.set_stream(stream)
     try:
         yield
@@ -195,8 +198,11 @@ class _PolledEvent:
         self._event = event
 
     def synchronize(self) -> None:
-        while not self._event.query():
+        while not self.query():
             time.sleep(0.0002)
+
+    def query(self) -> bool:
+        return self._event.query()
 
 
 class AcceleratorBackend:
@@ -238,6 +244,9 @@ class AcceleratorBackend:
 
     def follow(self, stream: object) -> None:
         self._copies.wait_stream(self._stream(stream))
+
+    def submitting(self) -> AbstractContextManager[None]:
+        return _current(self._copies)
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         with _current(self._copies):

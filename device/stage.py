@@ -109,6 +109,10 @@ class DeviceStage:
             result.append(memory[landing.offset + first : landing.offset + last])
         return result
 
+    def submitting(self, transfer: Transfer) -> AbstractContextManager[None]:
+        """Return a context in which chunks for the device of this one are submitted."""
+        return self._destinations[transfer.device].backend.submitting()
+
     def submit(self, transfer: Transfer, slot: memoryview | None, shift: int | None) -> Event | None:
         """Submit the copies of one filled chunk.
 

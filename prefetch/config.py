@@ -44,7 +44,7 @@ class PrefetchConfig(BaseModel):
     workers: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
         default="auto",
         description="Reads at a time, each by a thread. `auto`: as many as there are usable cores, at least 2 and at "
-        "most 8, from the page cache; from storage, with scheduler.adaptive, 8 in the beginning, or 10 where they also copy "
+        "most 8, from the page cache, and on the way to an accelerator all but 2, at most 16; from storage, with scheduler.adaptive, 8 in the beginning, or 10 where they also copy "
         "what they read, and then what measuring says, up to 32.",
     )
     chunk: Size = Field(

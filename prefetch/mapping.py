@@ -88,6 +88,10 @@ class Prefault:
         with self._lock:
             self._left.clear()
 
+    @property
+    def has_part(self) -> bool:
+        return not self.is_done
+
     def take(self) -> Callable[[], None] | None:
         with self._lock:
             if not self._left:

@@ -74,11 +74,11 @@ class Ring:
         slot_bytes: size of one slot, a multiple of the page size.
         budget: the ceiling for all segments together, which other takers may share.
         account: where the ring's bytes are entered.
-        on_free: called, without a lock held, after a slot came back.
+        on_free: told, without a lock held, how many slots have come back.
     """
 
     def __init__(
-        self, slot_bytes: int, budget: Budget, account: MemoryAccount, on_free: Callable[[], None] = lambda: None
+        self, slot_bytes: int, budget: Budget, account: MemoryAccount, on_free: Callable[[int], None] = lambda _: None
     ) -> None:
         self.slot_bytes = slot_bytes
         self._budget = budget
@@ -128,16 +128,17 @@ class Ring:
         with self._lock:
             return self._free.pop() if self._free else None
 
-    def release(self, slot: Slot) -> None:
-        """Give a slot back. Only its holder may, and only when nothing reads or writes its memory any more."""
+    def release(self, *slots: Slot) -> None:
+        """Give slots back. Only their holder may, and only when nothing reads or writes their memory any more."""
         with self._lock:
             if self._is_closed:
                 return
-            if slot.segment.is_retired:
-                self._forget(slot.segment, 1)
-            else:
-                self._free.append(slot)
-        self._on_free()
+            for slot in slots:
+                if slot.segment.is_retired:
+                    self._forget(slot.segment, 1)
+                else:
+                    self._free.append(slot)
+        self._on_free(len(slots))
 
     def write_off(self, slot: Slot) -> None:
         """Give up a slot whose memory somebody may still write to. It is not handed out before `recover`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
+from collections.abc import Sequence
 
 from weightstream.device.backend import Event
 from weightstream.prefetch.readers import Thread
@@ -32,15 +33,15 @@ class Copying:
         """Whether copies are on their way. The lock is held."""
         return any(self._copies.values())
 
-    def put(self, filled: Filled, event: Event) -> None:
-        """Wait for an event behind the copies of a chunk, on the device's thread. The lock is held."""
-        device = filled.chunk.transfer.device
+    def put(self, submitted: Sequence[tuple[Filled, Event]]) -> None:
+        """Wait for events, each behind the copies of a chunk to the same device, on its thread. The lock is held."""
+        device = submitted[0][0].chunk.transfer.device
         copies = self._copies.get(device)
         if copies is None:
             copies = self._copies[device] = deque()
             wait = functools.partial(self._run, copies)
             self._threads.append(self._course.clock.spawn(wait, f"weightstream-copies-{device}"))
-        copies.append((filled, event))
+        copies.extend(submitted)
         self._course.condition.notify_all()
 
     def join(self) -> None:
@@ -56,22 +57,35 @@ class Copying:
                     course.condition.wait()
                 if not copies:
                     return
-                filled, event = copies[0]
-            error: BaseException | None = None
-            try:
-                event.synchronize()
-            except BaseException as exc:  # noqa: BLE001 (a driver's error ends the load)
-                error = exc
-            if error is None and course.recorder is not None:
-                course.recorder.copied(filled.chunk)
+                waiting = list(copies)
+            done, error = self._wait(waiting)
             with course.condition:
-                copies.popleft()
-                course.ledger.change(copying=-1)
+                for _ in range(max(1, len(done))):
+                    copies.popleft()
+                course.ledger.change(copying=-max(1, len(done)))
                 course.fail(error)
-                if error is None:
-                    course.placed.append(filled.chunk)
+                course.placed += [filled.chunk for filled in done]
                 course.condition.notify_all()
             if error is None:
-                self._ring.release(filled.slot)
+                self._ring.release(*(filled.slot for filled in done))
             else:  # the device may still be reading from it
-                self._ring.write_off(filled.slot)
+                self._ring.write_off(waiting[0][0].slot)
+
+    def _wait(self, waiting: Sequence[tuple[Filled, Event]]) -> tuple[list[Filled], BaseException | None]:
+        """Wait for the first of some copies, and return those that are done by then; or none, and its error.
+
+        All of them at once: where copies are faster than Python, the thread would fall behind them one by one.
+        """
+        done: list[Filled] = []
+        try:
+            waiting[0][1].synchronize()
+            for filled, event in waiting:
+                if done and not event.query():
+                    break
+                done.append(filled)
+                if self._course.recorder is not None:
+                    self._course.recorder.copied(filled.chunk)
+        except BaseException as error:  # noqa: BLE001 (a driver's error ends the load)
+            if not done:
+                return done, error
+        return done, None

@@ -41,7 +41,7 @@ class GivenUp(NamedTuple):
 
 
 class Filling:
-    """See the module. What has no underscore is called with the lock held, except for `take`.
+    """See the module. What has no underscore is called with the lock held, except for `take` and `has_part`.
 
     Args:
         course: the lock, and what it guards beside this.
@@ -101,6 +101,11 @@ class Filling:
     def is_over(self) -> bool:
         """Whether every chunk has been read and let go."""
         return self._next == len(self._plan.chunks) and not self._course.fills
+
+    @property
+    def has_part(self) -> bool:
+        """Whether a chunk is being read of which a part has not been granted; see `prefetch.readers.ReadQueue`."""
+        return self._next_part_of is not None
 
     def take(self) -> Callable[[], None] | None:
         """Grant the next part of a chunk, if its turn has come; see `prefetch.readers.ReadQueue`."""

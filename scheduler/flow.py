@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from weightstream.device.backend import Event
 from weightstream.device.stage import DeviceStage
@@ -24,7 +25,14 @@ from weightstream.scheduler.plan import Chunk, LoadPlan
 from weightstream.scheduler.reading import Reading
 from weightstream.scheduler.verification import Verification
 
-__all__ = ["Flow"]
+__all__ = ["Flow", "Step"]
+
+
+class Step(NamedTuple):
+    """What the load's thread is to do next: submit the copies of filled chunks to one device, or place chunks."""
+
+    filled: Sequence[Filled] = ()
+    placed: Sequence[Chunk] = ()
 
 
 class Flow:
@@ -100,8 +108,8 @@ class Flow:
                     raise course.error
                 course.condition.wait(self._left_s(deadline, timeout_s))
 
-    def next(self, deadline: float | None, timeout_s: float | None) -> Filled | list[Chunk] | None:
-        """Wait for something to do: a filled chunk to submit, or chunks to place.
+    def next(self, deadline: float | None, timeout_s: float | None) -> Step | None:
+        """Wait for something to do: filled chunks to submit, or chunks to place.
 
         Returns:
             None when every chunk has been placed.
@@ -121,14 +129,12 @@ class Flow:
                 if course.recorder is not None:
                     course.recorder.take_up()
                 if course.filled:
-                    if course.ledger.copies:
-                        course.ledger.change(filled=-1, copying=1)
-                    return course.filled.popleft()
+                    return Step(filled=self._filled())
                 if course.placed:
                     placed, course.placed = course.placed, []
                     self._unplaced -= len(placed)
                     course.ledger.change(binding=1)
-                    return placed
+                    return Step(placed=placed)
                 course.condition.wait(left_s)
 
     def wait_locked(self, filled: Filled) -> None:
@@ -139,38 +145,56 @@ class Flow:
             settled.wait()
             self.lock_wait_s += self._course.clock.now() - began_s
 
-    def submitted(self, filled: Filled, event: Event | None) -> None:
-        """Note that a filled chunk's copies are on their way (or done, without an event)."""
+    def _filled(self) -> list[Filled]:
+        """Take the first filled chunk, and all behind it whose copies can be submitted with its own. The lock is held.
+
+        Those for the same device, from page-locked memory: copies from other memory take their time where they are
+        submitted, and between two of them the load may have to end.
+        """
+        waiting, taken = self._course.filled, [self._course.filled.popleft()]
+        device = taken[0].chunk.transfer.device
+        while waiting and waiting[0].chunk.transfer.device == device:
+            if not (taken[-1].slot.segment.pinned and waiting[0].slot.segment.pinned):
+                break
+            taken.append(waiting.popleft())
+        if self._course.ledger.copies:
+            self._course.ledger.change(filled=-len(taken), copying=len(taken))
+        return taken
+
+    def submitted(self, filled: Sequence[Filled], events: Sequence[Event | None]) -> None:
+        """Note that the copies of filled chunks are on their way, or done: those without an event. All have one, or none."""
         course = self._course
-        if course.recorder is not None:  # before the copies' thread can say that they have ended
-            course.recorder.submitted(filled.chunk, is_done=event is None)
+        if not filled:
+            return
+        on_their_way = [(one, event) for one, event in zip(filled, events, strict=True) if event is not None]
         with course.condition:
-            if event is not None:
+            if on_their_way:
                 try:
-                    self._copying.put(filled, event)
+                    self._copying.put(on_their_way)
                 except RuntimeError:  # no more threads can be had
-                    event.synchronize()
-                    course.ledger.change(copying=-1)
-                    self._unused.append(filled.slot)
+                    for _, event in on_their_way:
+                        event.synchronize()
+                    course.ledger.change(copying=-len(filled))
+                    self._unused += [one.slot for one in filled]
                     raise
                 return
-            course.placed.append(filled.chunk)
-            course.ledger.change(copying=-1)
-        self._ring.release(filled.slot)
+            course.placed += [one.chunk for one in filled]
+            course.ledger.change(copying=-len(filled))
+        self._ring.release(*(one.slot for one in filled))
 
-    def dropped(self, filled: Filled) -> None:
-        """Note that a filled chunk goes nowhere."""
+    def dropped(self, filled: Sequence[Filled]) -> None:
+        """Note that filled chunks go nowhere."""
         with self._course.condition:
-            self._course.placed.append(filled.chunk)
-        self._ring.release(filled.slot)
+            self._course.placed += [one.chunk for one in filled]
+        self._ring.release(*(one.slot for one in filled))
 
-    def not_submitted(self, filled: Filled) -> None:
-        """Take a chunk back whose copies could not be submitted, and of which none is under way."""
+    def not_submitted(self, filled: Sequence[Filled]) -> None:
+        """Take chunks back whose copies could not be submitted, and of which none is under way."""
         with self._course.condition:
-            self._course.ledger.change(copying=-1)
-            self._unused.append(filled.slot)
+            self._course.ledger.change(copying=-len(filled))
+            self._unused += [one.slot for one in filled]
 
-    def bound(self, chunks: list[Chunk]) -> None:
+    def bound(self, chunks: Sequence[Chunk]) -> None:
         """Note that the tensors of chunks that `next` returned have been placed."""
         course = self._course
         if course.recorder is not None and course.ledger.copies:

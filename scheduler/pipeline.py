@@ -142,7 +142,7 @@ class Pipeline:
                 source,
                 found,
                 config,
-                workers=engine.num_workers,
+                workers=engine.workers_for(backends),
                 adaptive=engine.config.scheduler.adaptive,
                 has_slots=ring is not None,
                 known=engine.known_settings.get(checkpoint.file_system),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
-from weightstream.device.stage import DeviceStage
+from weightstream.device.backend import Event
 from weightstream.interpreter import no_garbage_collection
 from weightstream.scheduler.course import Filled
-from weightstream.scheduler.flow import Flow
 from weightstream.scheduler.pipeline import Pipeline
 from weightstream.scheduler.plan import Chunk
 from weightstream.scheduler.readiness import Readiness
@@ -74,12 +73,12 @@ class Pump:
             if check is None:
                 pipeline.start()
             while (step := flow.next(deadline, timeout_s)) is not None:
-                if isinstance(step, Filled):
-                    _submit(step, stage, flow)
+                if step.filled:
+                    self._submit(step.filled)
                     continue
                 with no_garbage_collection():
-                    self._readiness.mark(sink.take(_completed(step, parts)))
-                flow.bound(step)
+                    self._readiness.mark(sink.take(_completed(step.placed, parts)))
+                flow.bound(step.placed)
         except BaseException as error:
             flow.stop(error)
             raise
@@ -90,6 +89,25 @@ class Pump:
         """Place what could not be placed before everything was there."""
         with self._placing():
             self._readiness.mark(self._sink.finish())
+
+    def _submit(self, filled: Sequence[Filled]) -> None:
+        stage, flow = self._pipeline.stage, self._pipeline.flow
+        if not stage.copies:
+            flow.dropped(filled)
+            return
+        events: list[Event | None] = []
+        try:
+            flow.wait_locked(filled[0])
+            with stage.submitting(filled[0].chunk.transfer):
+                for one in filled:
+                    events.append(stage.submit(one.chunk.transfer, one.slot.view, one.shift))
+                    if self._recorder is not None:
+                        self._recorder.submitted(one.chunk, is_done=events[-1] is None)
+        except BaseException:
+            flow.not_submitted(filled[len(events) :])
+            raise
+        finally:
+            flow.submitted(filled[: len(events)], events)
 
     def _bind_given(self) -> None:
         """Place what is where it belongs already, in parts, so that others get their turn and a stop is seen."""
@@ -115,20 +133,7 @@ class Pump:
             self._recorder.bound()
 
 
-def _submit(filled: Filled, stage: DeviceStage, flow: Flow) -> None:
-    if not stage.copies:
-        flow.dropped(filled)
-        return
-    flow.wait_locked(filled)
-    try:
-        event = stage.submit(filled.chunk.transfer, filled.slot.view, filled.shift)
-    except BaseException:
-        flow.not_submitted(filled)
-        raise
-    flow.submitted(filled, event)
-
-
-def _completed(chunks: list[Chunk], parts: dict[int, int]) -> list[int]:
+def _completed(chunks: Sequence[Chunk], parts: dict[int, int]) -> list[int]:
     """Return the places whose last bytes came with these chunks.
 
     `parts` counts down for places that lie in several chunks, which only the first and the last of a chunk can; a

@@ -147,7 +147,7 @@ def make_tuner(
     direct = config.io == "direct" or (can_direct and not found.unknown)
     if follows and cold:
         copies = direct and not all(chunk.transfer.slot_bytes for chunk in cold)  # on the way to host memory
-        workers = max(workers, FIRST_WORKERS) + (COPYING_WORKERS if copies else 0)
+        workers = FIRST_WORKERS + (COPYING_WORKERS if copies else 0)
     first = Setting(direct=direct, workers=workers, read_bytes=read_bytes)
     if known is not None and follows and cold and (can_direct or known.direct == first.direct):
         first = known

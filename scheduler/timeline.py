@@ -136,9 +136,13 @@ class Recorder:
         self._since_s = self._now()
 
     def submitted(self, chunk: Chunk, *, is_done: bool) -> None:
-        """Note that the load's thread has submitted a chunk's copies, or, if they are done, made them."""
+        """Note that the load's thread has submitted a chunk's copies, or, if they are done, made them.
+
+        Before the copies' thread can say that they have ended.
+        """
         assert self._now is not None
-        self._submits.append((chunk, self._since_s, self._now(), is_done))
+        since_s, self._since_s = self._since_s, self._now()  # the next one begins now
+        self._submits.append((chunk, since_s, self._since_s, is_done))
 
     def copied(self, chunk: Chunk) -> None:
         """Note that copies that were submitted are seen to have ended."""

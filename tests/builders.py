@@ -180,14 +180,14 @@ def open_files() -> dict[str, str]:
 
 @contextmanager
 def leaves_nothing() -> Generator[None, None, None]:
-    """Check that what is done inside leaves no descriptor and none of our threads."""
+    """Check that what is done inside leaves no descriptor and none of our threads. What others let go meanwhile is theirs."""
     before = open_files()
     yield
     for thread in threading.enumerate():
         if thread.name.startswith("weightstream"):
             thread.join(5)  # it may be at its last instructions, and close what was kept open for a read
             assert not thread.is_alive(), f"{thread.name} still runs"
-    assert open_files() == before
+    assert open_files().items() <= before.items()
 
 
 @contextmanager

@@ -127,7 +127,7 @@ async def test_loaded_model_can_be_trained(rig: Rig, tmp_path: Path, where: str)
     tensors = random_tensors({"0.weight": (4, 3), "0.bias": (4,), "1.weight": (2, 4), "1.bias": (2,)})
     await load(rig, tmp_path, model, tensors)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loss = model(torch.ones(1, 3)).sum()
+    loss = model(torch.ones(1, 3, device=next(model.parameters()).device)).sum()
     with torch.no_grad():
         model.get_parameter("0.bias").add_(
             0
@@ -396,9 +396,10 @@ async def test_lstm_computes_with_what_was_loaded(rig: Rig, tmp_path: Path, wher
     await load(rig, tmp_path, model, tensors)
     for name, weight in zip(model._flat_weights_names, model._flat_weights, strict=True):
         assert getattr(model, name) is weight
-    reference = nn.LSTM(3, 4, num_layers=2)
+    device = next(model.parameters()).device
+    reference = nn.LSTM(3, 4, num_layers=2, device=device)
     reference.load_state_dict(tensors)
-    data = torch.rand(5, 3)
+    data = torch.rand(5, 3, device=device)
     assert_same(model(data)[0], reference(data)[0])
 
 

@@ -6,6 +6,7 @@ import mmap
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -122,6 +123,9 @@ class FakeAccelerator:
     def follow(self, stream: object) -> None:
         """There is one stream, and the user's work is done when it calls."""
 
+    def submitting(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         assert destination.dtype == source.dtype == torch.uint8
         self.num_copies += 1
@@ -228,3 +232,6 @@ class _Recorded:
 
     def synchronize(self) -> None:
         self._accelerator.wait_done(self._num_operations)
+
+    def query(self) -> bool:
+        return self._accelerator.num_done >= self._num_operations

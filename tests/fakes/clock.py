@@ -174,9 +174,12 @@ class _VirtualCondition:
                 self._sleepers.remove(sleeper)
         return sleeper.is_notified
 
-    def notify_all(self) -> None:
-        sleepers, self._sleepers = self._sleepers, []
+    def notify(self, n: int = 1) -> None:
+        sleepers, self._sleepers = self._sleepers[:n], self._sleepers[n:]
         self._clock._notify(sleepers)
+
+    def notify_all(self) -> None:
+        self.notify(len(self._sleepers))
 
 
 class _VirtualThread:

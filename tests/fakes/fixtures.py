@@ -6,14 +6,31 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
+import torch
 
 from tests.fakes.fuse import why_not
 from tests.fakes.rig import Rig
+from weightstream.device.accelerator import AcceleratorBackend
+from weightstream.prefetch.memory import allocate
 
-__all__ = ["device", "make_rig", "requires_fuse", "rig"]
+__all__ = ["device", "make_rig", "requires_fuse", "rig", "start_cuda"]
 
 #: For tests that mount `filesystem.mounted`.
 requires_fuse = pytest.mark.skipif(why_not() is not None, reason=f"no simulated file system: {why_not()}")
+
+
+def start_cuda() -> None:
+    """Make the driver open what it opens at the first copy, so that a test which counts descriptors counts ours."""
+    backend = AcceleratorBackend(torch.device("cuda", 0))
+    memory = allocate(4096)
+    unpin = backend.pin(memory)
+    assert unpin is not None
+    block, _ = backend.allocate(4096, None)
+    backend.copy(block, torch.frombuffer(memory, dtype=torch.uint8))
+    event = backend.record()
+    assert event is not None
+    event.synchronize()
+    unpin()
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ class Rig:
     ) -> None:
         self.device = device
         #: Where parameters on meta go.
-        self.target = "cuda:0" if device == "cuda" else "cpu"
+        self.target = "auto" if device == "cuda" else "cpu"
         self.io = io
         self.clock = VirtualClock()
         self.disk = Disk(self.clock, bytes_per_s=read_bytes_per_s, latency_s=latency_s, io=io)

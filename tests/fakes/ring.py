@@ -15,6 +15,7 @@ STALE = 0xDB
 class PoisonedRing(Ring):
     """Overwrites every slot before it is free again, so that whoever still reads from it gets wrong bytes."""
 
-    def release(self, slot: Slot) -> None:
-        torch.frombuffer(slot.view, dtype=torch.uint8).fill_(STALE)
-        super().release(slot)
+    def release(self, *slots: Slot) -> None:
+        for slot in slots:
+            torch.frombuffer(slot.view, dtype=torch.uint8).fill_(STALE)
+        super().release(*slots)

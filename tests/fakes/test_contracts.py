@@ -268,7 +268,7 @@ class TestDisk:
 class TestRings:
     def test_slot_is_handed_out_once_until_it_comes_back(self, kind: type[Ring]) -> None:
         freed: list[int] = []
-        ring = kind(4096, Budget(3 * 4096), MemoryAccount(), lambda: freed.append(1))
+        ring = kind(4096, Budget(3 * 4096), MemoryAccount(), freed.append)
         ring.grow(2)
         first, second = ring.acquire_nowait(), ring.acquire_nowait()
         assert first is not None

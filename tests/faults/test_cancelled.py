@@ -13,6 +13,7 @@ import torch
 import weightstream as ws
 from tests.builders import assert_same, bytes_of, leaves_nothing, open_files, write_in_order
 from tests.fakes.accelerator import FakeAccelerator
+from tests.fakes.fixtures import start_cuda
 from tests.fakes.ring import PoisonedRing
 from tests.models import SmallNet, tensors_of
 from weightstream.api import Loader
@@ -33,6 +34,8 @@ def fixture_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(name="device", params=["host", "fake", pytest.param("cuda", marks=pytest.mark.gpu)])
 def fixture_device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda":
+        start_cuda()
     return str(request.param)
 
 

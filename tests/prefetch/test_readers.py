@@ -24,6 +24,10 @@ class Reads:
         #: Set, with the pool's lock held, when somebody looked and got nothing: he waits when the lock is free.
         self.was_looked_at = threading.Event()
 
+    @property
+    def has_part(self) -> bool:
+        return False
+
     def take(self) -> Callable[[], None] | None:
         if self.is_open and self.reads:
             return self.reads.popleft()

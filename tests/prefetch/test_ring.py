@@ -97,7 +97,7 @@ def test_slot_that_was_freed_last_comes_first() -> None:
 
 def test_release_is_announced_once_the_slot_can_be_had() -> None:
     had: list[Slot | None] = []
-    ring = Ring(SLOT, Budget(SLOT), MemoryAccount(), on_free=lambda: had.append(ring.acquire_nowait()))
+    ring = Ring(SLOT, Budget(SLOT), MemoryAccount(), on_free=lambda _: had.append(ring.acquire_nowait()))
     ring.grow(1)
     (slot,) = acquire_all(ring)
     assert had == []
@@ -242,7 +242,7 @@ def test_closed_ring_holds_what_was_written_off_until_nobody_writes_to_it() -> N
 
 def test_slot_that_is_recovered_is_a_slot_like_others_and_is_counted() -> None:
     had: list[Slot | None] = []
-    ring = Ring(SLOT, Budget(SLOT), MemoryAccount(), on_free=lambda: had.append(ring.acquire_nowait()))
+    ring = Ring(SLOT, Budget(SLOT), MemoryAccount(), on_free=lambda _: had.append(ring.acquire_nowait()))
     ring.grow(1)
     (slot,) = acquire_all(ring)
     ring.write_off(slot)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,9 @@ class HastyEvent:
     def synchronize(self) -> None:
         """Wait for nothing."""
 
+    def query(self) -> bool:
+        return True
+
 
 class HastyAccelerator(FakeAccelerator):
     """Has events that are complete before the copies are."""
@@ -75,8 +78,8 @@ class HastyAccelerator(FakeAccelerator):
 class HastyFlow(Flow):
     """Gives a slot back as soon as its copies have been submitted."""
 
-    def submitted(self, filled: Filled, event: Event | None) -> None:
-        super().submitted(filled, None)
+    def submitted(self, filled: Sequence[Filled], events: Sequence[Event | None]) -> None:
+        super().submitted(filled, [None] * len(events))
 
 
 @pytest.mark.parametrize(

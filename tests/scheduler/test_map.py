@@ -16,6 +16,7 @@ import weightstream as ws
 from tests.builders import assert_same, entry, leaves_nothing, raw_file, write_checkpoint, write_in_order
 from tests.fakes.rig import Rig
 from tests.models import SmallNet, tensors_of
+from weightstream.device.config import DeviceConfig
 from weightstream.prefetch import mapping
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.source import ByteRange
@@ -191,7 +192,7 @@ def test_files_are_brought_in_in_the_order_of_the_model(tmp_path: Path, monkeypa
         brought_in.extend(torch.frombuffer(memory, dtype=torch.float32)[:: 1024 * 1024].tolist())
 
     chunk: Any = {"chunk": "4MiB"}
-    settings = ws.LoaderConfig(strategy="map", prefetch=chunk)
+    settings = ws.LoaderConfig(strategy="map", prefetch=chunk, device=DeviceConfig(target="cpu"))
     monkeypatch.setattr(mapping, "populate", note)
     monkeypatch.setattr(pipeline, "Prefault", AtOnce)
     ws.load_sync(meta_model(dict(reversed(tensors.items()))), path, config=settings)

@@ -60,7 +60,8 @@ async def test_counts_what_was_loaded(rig: Rig, path: Path, tensors: dict[str, t
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     assert (report.num_tensors, report.num_shards, report.num_bytes) == (len(tensors), 3, num_bytes)
     assert report.checkpoint == str(path / "model.safetensors.index.json")
-    assert (report.strategy, report.device, report.verified) == ("stream", "cpu", "none")
+    device = "cuda:0" if rig.device == "cuda" else "cpu"
+    assert (report.strategy, report.device, report.verified) == ("stream", device, "none")
     assert report.reason
     assert report.dtype == "float32, int64, uint8"  # the one with most bytes first
     assert (report.num_retries, report.fallbacks, report.missing_keys, report.unexpected_keys) == (0, (), (), ())
@@ -77,7 +78,7 @@ async def test_memory_is_accounted_for(rig: Rig, path: Path) -> None:
     else:
         assert 0 < report.host_peak_bytes <= 30 * ring.slot_bytes
         assert report.pinned_bytes == report.host_peak_bytes
-        assert rig.accelerator.num_pins == rig.accelerator.num_unpins == 1
+        assert rig.device == "cuda" or rig.accelerator.num_pins == rig.accelerator.num_unpins == 1
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("out of memory"), OSError("no")], ids=["none", "driver", "other"])

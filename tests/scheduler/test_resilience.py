@@ -241,6 +241,7 @@ class Pageable(FakeAccelerator):
 
 async def test_load_that_is_never_idle_still_has_its_time_limit(make_rig: Callable[..., Rig], path: Path) -> None:
     rig = make_rig(accelerator=Pageable)
+    rig.accelerator.refuses_pinning = True
     async with rig.loader(chunk=MIB, scheduler={"timeout_s": 3.5}) as loader:
         with pytest.raises(ws.LoadTimeoutError, match="took too long"):
             await loader.load(model_of(path, device="meta"), path)
