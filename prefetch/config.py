@@ -101,8 +101,9 @@ class PrefetchConfig(BaseModel):
     )
     allow_outside_links: bool = Field(
         default=False,
-        description="Accept shards that are symbolic links to somewhere outside the checkpoint's folder (links into "
-        "the `blobs` of a Hugging Face cache are always accepted).",
+        description="Accept shards that are symbolic links to somewhere outside the checkpoint's folder. Those of a snapshot "
+        "in the Hugging Face cache (models--ORG--NAME/snapshots/REVISION) need no permission where they lead right into the "
+        "`blobs` beside `snapshots`, or through these into the store that the cache's repositories share.",
     )
 
     @model_validator(mode="after")

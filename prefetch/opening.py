@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from weightstream.errors import CheckpointError, IntegrityError, MissingShardError, ReadError
+from weightstream.prefetch.hub import blob_name, is_blob
 
 __all__ = [
     "Shard",
@@ -29,8 +29,8 @@ __all__ = [
 #: The kernel's limit on a path (PATH_MAX). Longer names are refused before anything splits or resolves them.
 _MAX_NAME_BYTES = 4096
 
-#: What the Hugging Face cache calls the folder of a repository, after its kind and its name.
-_HUB_REPOSITORY = re.compile(r"(models|datasets|spaces|kernels)--.+", re.DOTALL)
+#: It never waits, for a FIFO say, and follows no link that has been put in the place of the file meanwhile.
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def open_shard(root: Path, name: str, listed_in: Path, *, allow_outside_links: b
         or "\0" in name
         or name.startswith("/")
         or len(os.fsencode(name)) > _MAX_NAME_BYTES
-        or ".." in PurePosixPath(name).parts
+        or ".." in name.split("/")
     ):
         raise CheckpointError(
             f"the shard's name {name[:100]!r} is not a plain relative path",
@@ -74,17 +74,25 @@ def open_shard(root: Path, name: str, listed_in: Path, *, allow_outside_links: b
         raise MissingShardError(
             "the shard does not exist", file=path, hint=f"{listed_in.name} names it: fetch it again"
         ) from exc
-    blob = resolved.name if _is_hub_blob(root, resolved) else None
-    return Shard(path, fd, opened.st_size, identity_of(opened), blob)
+    return Shard(path, fd, opened.st_size, identity_of(opened), blob_name(root, path, resolved))
 
 
 def resolve(root: Path, path: Path, *, allow_outside_links: bool) -> Path:
-    """Follow links, which must end in the checkpoint's own folder `root` or in the blobs that it is a snapshot of."""
+    """Follow links, which must end in the checkpoint's own folder `root`, or in the blobs that it is a snapshot of.
+
+    Args:
+        root: without links itself.
+        path: what is to be opened.
+        allow_outside_links: whether they may end anywhere.
+    """
+    # Nearly all files are this, and an index may list tens of thousands.
+    if path.parent == root and not os.path.islink(path):  # noqa: PTH114 (that of Path raises for long names)
+        return path
     try:
         resolved = Path(os.path.realpath(path))
     except RecursionError as exc:
         raise CheckpointError("too many links that lead to each other", file=path) from exc
-    if allow_outside_links or resolved.is_relative_to(root) or _is_hub_blob(root, resolved):
+    if allow_outside_links or resolved.is_relative_to(root) or is_blob(root, resolved):
         return resolved
     raise CheckpointError(
         "this is a link to outside the checkpoint's folder",
@@ -96,12 +104,17 @@ def resolve(root: Path, path: Path, *, allow_outside_links: bool) -> Path:
 
 
 def open_regular(path: Path, resolved: Path) -> tuple[int, os.stat_result]:
-    """Open a regular file, and nothing else; `path` is its name in messages. Whether it exists is the caller's care."""
+    """Open a regular file, and nothing else. Whether it exists is the caller's care.
+
+    Args:
+        path: its name in messages.
+        resolved: where it is, without links.
+    """
     try:
         before = os.stat(resolved)
         if not stat.S_ISREG(before.st_mode):
             raise CheckpointError("not a regular file", file=path, actual=stat.filemode(before.st_mode))
-        fd = os.open(resolved, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        fd = os.open(resolved, _FLAGS)
         try:
             opened = os.fstat(fd)
         except OSError:  # a server may have forgotten it by now
@@ -151,20 +164,6 @@ def read_whole(path: Path, resolved: Path, *, what: str, most_bytes: int) -> byt
             return file.read(opened.st_size)
     except OSError as exc:
         raise ReadError(f"cannot read the {what}: {exc.strerror}", file=path, actual=f"errno {exc.errno}") from exc
-
-
-def _is_hub_blob(root: Path, resolved: Path) -> bool:
-    """Tell whether `resolved` is one of the blobs of the Hugging Face cache that `root` is a snapshot of.
-
-    The cache's layout: models--ORG--NAME/snapshots/REVISION/, and folders in it, hold links to files right in
-    models--ORG--NAME/blobs/. Other folders may be called `snapshots`, too, and what is beside them is not the checkpoint's.
-    """
-    return any(
-        parent.name == "snapshots"
-        and _HUB_REPOSITORY.fullmatch(parent.parent.name) is not None
-        and resolved.parent == parent.parent / "blobs"
-        for parent in root.parents
-    )
 
 
 def identity_of(found: os.stat_result) -> tuple[int, int, int, int]:

@@ -334,6 +334,69 @@ def test_links_into_the_blobs_of_the_hub_cache_are_followed(tmp_path: Path) -> N
     assert names_in(hub_cache(tmp_path)) == set(TENSORS)
 
 
+def share(snapshot: Path, *, digits: str = "ab" * 32, is_marked: bool = True) -> Path:
+    """Move the blob of the second shard into the store that the cache's repositories share; return it."""
+    blob = (snapshot / SECOND).resolve()
+    store = snapshot.parents[2] / "blobs"
+    (store / digits[:2]).mkdir(parents=True)
+    if is_marked:
+        (store / ".huggingface-shared-blobs").write_text("1\n")
+    blob.rename(store / digits[:2] / digits)
+    blob.symlink_to(f"../../blobs/{digits[:2]}/{digits}")
+    return store / digits[:2] / digits
+
+
+def test_blobs_that_repositories_of_the_hub_cache_share_are_followed_and_have_their_own_names(tmp_path: Path) -> None:
+    snapshot = hub_cache(tmp_path)
+    with open_checkpoint(snapshot) as checkpoint:
+        names = [shard.blob for shard in checkpoint.shards]
+    share(snapshot)
+    with open_checkpoint(snapshot) as checkpoint:
+        assert [shard.blob for shard in checkpoint.shards] == names
+        assert {spec.name for spec in checkpoint.tensors.values()} == set(TENSORS)
+    (snapshot / SECOND).unlink()
+    link_shard(snapshot, tmp_path / "blobs" / "ab" / ("ab" * 32))
+    with open_checkpoint(snapshot) as checkpoint:
+        assert [shard.blob for shard in checkpoint.shards] == [names[0], None], "this name is no digest of the bytes"
+
+
+@pytest.mark.parametrize(
+    ("digits", "is_marked"),
+    [("ab" * 32, False), ("ab" * 31, True), ("AB" * 32, True)],
+    ids=["no marker", "short name", "capitals"],
+)
+def test_what_only_resembles_the_shared_store_is_outside(tmp_path: Path, digits: str, is_marked: object) -> None:
+    snapshot = hub_cache(tmp_path)
+    share(snapshot, digits=digits, is_marked=bool(is_marked))
+    with pytest.raises(CheckpointError, match="link to outside"):
+        open_checkpoint(snapshot)
+
+
+def test_blobs_that_are_a_link_to_elsewhere_are_outside(tmp_path: Path) -> None:
+    snapshot = hub_cache(tmp_path)
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.rename(tmp_path / "elsewhere")
+    blobs.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="link to outside"):
+        open_checkpoint(snapshot)
+
+
+def test_files_that_are_no_links_are_looked_at_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index may list tens of thousands: to look at each folder above each of them took seconds."""
+    tensors = {f"t{number}": TENSORS["a"] for number in range(40)}
+    write_checkpoint(tmp_path, tensors, num_shards=40)
+    looks: list[object] = []
+    lstat = os.lstat
+
+    def count(path: str) -> os.stat_result:
+        looks.append(path)
+        return lstat(path)
+
+    monkeypatch.setattr(os, "lstat", count)
+    assert names_in(tmp_path) == set(tensors)
+    assert len(looks) < 40 + 2 * len(tmp_path.parts) + 2
+
+
 @pytest.mark.parametrize("repository", ["backups", "backups/models--org--name/other", "models--"])
 def test_links_into_blobs_beside_other_folders_called_snapshots_are_outside(tmp_path: Path, repository: str) -> None:
     with pytest.raises(CheckpointError, match="link to outside"):
