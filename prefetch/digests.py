@@ -141,8 +141,12 @@ def write_manifest(folder: Path, digests: Iterable[tuple[str, str]], *, overwrit
         else:
             os.link(temporary, path)
             temporary.unlink()
-    except BaseException:
+    except BaseException as exc:
         temporary.unlink(missing_ok=True)
+        if (
+            isinstance(exc, OSError) and exc.filename is None
+        ):  # no room, mostly: what writes to a descriptor knows no name
+            exc.filename = str(path)
         raise
     return path
 

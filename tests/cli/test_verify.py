@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,49 @@ def test_manifest_is_replaced_only_by_force(weightstream: Run, folder: Path) -> 
     assert weightstream("verify", folder, "--force").code == 2
     assert weightstream("verify", folder, "--write-manifest", "--force").code == 0
     assert weightstream("verify", folder).code == 0
+
+
+@pytest.fixture(name="full_disk")
+def fixture_full_disk(folder: Path, tmp_path: Path) -> Iterator[Path]:
+    """The checkpoint on a file system of its own, a real one, with no byte left beside it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield Path(shutil.copytree(folder, disk / "model"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def fill(disk: Path) -> None:
+    with pytest.raises(OSError, match="No space left"), (disk / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.parametrize("options", [(), ("--json", "--quiet")], ids=["text", "json"])
+def test_full_disk_leaves_no_half_manifest(weightstream: Run, full_disk: Path, options: tuple[str, ...]) -> None:
+    fill(full_disk.parent)
+    before = sorted(full_disk.iterdir())
+    result = weightstream("verify", full_disk, "--write-manifest", *options)
+    assert (result.code, result.out) == (1, "")
+    assert (
+        result.err.splitlines()[-1] == f"error: {full_disk / MANIFEST_NAME}: No space left on device (-v shows where)"
+    )
+    assert sorted(full_disk.iterdir()) == before
+
+
+def test_full_disk_leaves_the_manifest_that_is_there(weightstream: Run, full_disk: Path) -> None:
+    assert weightstream("verify", full_disk, "--write-manifest").code == 0
+    manifest = (full_disk / MANIFEST_NAME).read_bytes()
+    fill(full_disk.parent)
+    before = sorted(full_disk.iterdir())
+    assert weightstream("verify", full_disk, "--write-manifest", "--force").code == 1
+    assert (full_disk / MANIFEST_NAME).read_bytes() == manifest
+    assert sorted(full_disk.iterdir()) == before
+    assert weightstream("verify", full_disk).code == 0
 
 
 def test_wrong_file_is_not_written_down_as_right(weightstream: Run, folder: Path) -> None:
