@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from weightstream.device.stage import DeviceStage
 from weightstream.errors import LoadCancelledError
+from weightstream.prefetch import overdue
 from weightstream.prefetch.mapping import populate
 from weightstream.prefetch.memory import PAGE_BYTES, copy_out
 from weightstream.prefetch.ring import Ring, Slot
@@ -54,7 +55,6 @@ class Filling:
 
     Attributes:
         reads: those in progress, in the order in which they began.
-        num_writing: how many readers are writing to memory of the model's, or copying from a slot.
         num_copies: how many parts of chunks readers have copied from slots.
     """
 
@@ -70,7 +70,8 @@ class Filling:
         hashing: Hashing | None,
     ) -> None:
         self.reads: dict[object, Read] = {}
-        self.num_writing = 0
+        #: To what readers are writing that is memory of the model's, or that they copy to from a slot.
+        self._writes: dict[object, list[memoryview]] = {}
         self.num_copies = 0
         self._course = course
         self._plan = plan
@@ -96,6 +97,11 @@ class Filling:
             return None
         found = self._ring.statistics()
         return self._waits_since_s if found.num_written_off == found.num_slots else None
+
+    @property
+    def num_writing(self) -> int:
+        """How many readers are writing to memory of the model's, or copying from a slot."""
+        return len(self._writes)
 
     @property
     def is_over(self) -> bool:
@@ -148,9 +154,12 @@ class Filling:
           block is nobody's but the read's, and is unmapped with the last view of it.
         - *It was read into a slot on its way to a block, or to a parameter.* It does not copy any more: see `_writing`.
         - *It was reading into a parameter that has storage.* Such a read is waited for far longer (`Flow.drain`). Should it
-          be given up in the end, the storage lives as long as its views, as a block does.
+          be given up in the end, the storage lives as long as its views, as a block does, and is `overdue`: no load writes
+          to it until then.
         """
         self._on_return = on_return
+        for write, buffers in self._writes.items():
+            overdue.expect(write, buffers)
         found = GivenUp(len(self.reads), [])
         for fill in self._course.fills.values():  # a chunk of which no part is being read has its slot to give back
             fill.given_up = fill.num_reading > 0
@@ -301,8 +310,9 @@ class Filling:
         if fill.shift is None:
             view = None if fill.slot is None else fill.slot.view
             if transfer.in_place:
-                with self._writing():
-                    self._read_through_cache(fill, part, self._stage.buffers(transfer, view, begin, end))
+                with self._writing() as buffers:
+                    buffers += self._stage.buffers(transfer, view, begin, end)
+                    self._read_through_cache(fill, part, buffers)
             else:
                 self._read_through_cache(fill, part, self._stage.buffers(transfer, view, begin, end))
             return None
@@ -316,8 +326,9 @@ class Filling:
         if not fill.bounces:
             return None
         copy_s = self._course.clock.now()
-        with self._writing(copies=read):
-            copy_out(wanted, self._stage.buffers(transfer, None, begin, end))
+        with self._writing(copies=read) as buffers:
+            buffers += self._stage.buffers(transfer, None, begin, end)
+            copy_out(wanted, buffers)
         return copy_s
 
     def _read_through_cache(self, fill: Fill, part: ByteRange, buffers: list[memoryview]) -> None:
@@ -330,26 +341,31 @@ class Filling:
             self._eviction.forget(part)
 
     @contextmanager
-    def _writing(self, copies: object | None = None) -> Generator[None, None, None]:
+    def _writing(self, copies: object | None = None) -> Generator[list[memoryview], None, None]:
         """Let a reader write to memory that is not a slot's; or raise, because the load has been stopped.
 
         The drain waits for those that have begun, so nothing is written to the model after the load has ended.
 
         Args:
             copies: the read that has ended, and whose bytes are now copied: it counts as a copy until it is off the list.
+
+        Yields:
+            A list for the memory.
         """
         course = self._course
         with course.condition:
             if course.error is not None:
                 raise LoadCancelledError("the load was stopped before this was written")
-            self.num_writing += 1
+            write = object()
+            buffers = self._writes[write] = []
             if copies is not None:  # it is on the list: reads are given up only once the course has an error
                 self.reads[copies] = self.reads[copies]._replace(lands=True)
                 course.ledger.change(reading=-1, landing=1)
         try:
-            yield
+            yield buffers
         finally:
             with course.condition:
-                self.num_writing -= 1
+                del self._writes[write]
+                overdue.is_over(write)
                 if course.error is not None:
                     course.condition.notify_all()

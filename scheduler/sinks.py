@@ -14,10 +14,12 @@ from weightstream.device.binding import Binder
 from weightstream.device.config import UserMap
 from weightstream.device.matching import deliver, match
 from weightstream.device.placement import Placement
+from weightstream.device.sharded import is_sharded
 from weightstream.device.stage import DeviceStage
 from weightstream.device.turns import Turn, find_turns
 from weightstream.errors import PlacementError
 from weightstream.interpreter import no_garbage_collection
+from weightstream.prefetch import overdue
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.source import Source
@@ -118,6 +120,8 @@ class ModelSink:
     def prepare(self, checkpoint: Checkpoint, source: Source, files: Files) -> Prepared:
         assert self._model is not None
         engine, config = self._engine, self._engine.config
+        if overdue.is_expected():
+            _refuse_overdue(self._model)
         self._wanted = wanted = Wanted(checkpoint, self._config)
         entries = self._config.device_map
         with wanted.locating():
@@ -240,6 +244,25 @@ class NowhereSink:
 
     def end(self, error: BaseException | None) -> None:
         """Nothing is held."""
+
+
+def _refuse_overdue(model: nn.Module) -> None:
+    """Refuse a model with memory that a read of another load may still write to: what is loaded now would be overwritten.
+
+    Raises:
+        PlacementError: a parameter or buffer has such memory.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        local = tensor.to_local() if is_sharded(tensor) else tensor
+        if local.device.type != "cpu" or local.layout is not torch.strided:
+            continue
+        storage = local.untyped_storage()
+        if overdue.is_expected(storage.data_ptr(), storage.nbytes()):
+            raise PlacementError(
+                "a read of an earlier load hangs in the kernel, and may still write to this parameter's memory",
+                tensor=name,
+                hint="Wait until it returns (the log says so), or load into other memory: a model on meta, for one",
+            )
 
 
 def _mapped(checkpoint: Checkpoint, backends: Sequence[Backend], decision: Decision) -> list[int] | None:

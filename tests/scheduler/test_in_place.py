@@ -17,7 +17,7 @@ import torch
 from tests.builders import assert_same, bytes_of, flip, leaves_nothing, write_in_order, write_sums
 from tests.fakes.rig import KIB, Rig
 from tests.models import SmallNet, tensors_of
-from weightstream.errors import IntegrityError, LoadCancelledError, LoadTimeoutError, ReadError
+from weightstream.errors import IntegrityError, LoadCancelledError, LoadTimeoutError, PlacementError, ReadError
 from weightstream.prefetch.filesystem import FileSystem
 from weightstream.scheduler import reading
 from weightstream.scheduler.handle import LoadHandle
@@ -360,6 +360,33 @@ async def test_memory_lives_until_a_read_that_was_given_up_returns(cached: Rig, 
             del view, found
     gc.collect()
     assert gone() is None
+
+
+async def test_no_load_writes_where_a_read_that_was_given_up_may_still_write(cached: Rig, tmp_path: Path) -> None:
+    """Its late bytes would overwrite those of the next load."""
+    path = write_in_order(tmp_path / "c", {"a": torch.arange(1024.0)})
+    other = write_in_order(tmp_path / "d", {"a": torch.zeros(1024)})
+    model = torch.nn.ParameterDict({"a": torch.nn.Parameter(torch.ones(1024))})
+    part = torch.nn.ParameterDict({"a": torch.nn.Parameter(model["a"].data[512:])})
+    gate = cached.disk.stop_at(0, is_stuck=True)
+    async with cached.loader(workers=1, stall_s=7.0) as loader:
+        with pytest.raises(LoadTimeoutError):
+            await loader.load(model, path)
+        for tensors, checkpoint in ((model, other), (part, other)):
+            async with cached.loader(workers=1) as second:  # of another Loader, too
+                with pytest.raises(PlacementError, match="may still write to this parameter's memory") as caught:
+                    await second.load(tensors, checkpoint)
+                assert caught.value.tensor == "a"
+        assert torch.equal(model["a"], torch.ones(1024))
+        elsewhere = torch.nn.ParameterDict({"a": torch.nn.Parameter(torch.ones(1024))})
+        await loader.load(elsewhere, other)
+        assert torch.equal(elsewhere["a"], torch.zeros(1024))
+        cached.disk.closed.clear()
+        gate.open()
+        assert cached.disk.closed.wait(30)
+        assert torch.equal(model["a"], torch.arange(1024.0)), "it did write"
+        await loader.load(model, other)
+        assert torch.equal(model["a"], torch.zeros(1024))
 
 
 async def test_model_made_for_inference_alone_is_loaded(cached: Rig, saved: Saved) -> None:
