@@ -311,7 +311,7 @@ class Filling:
             view = None if fill.slot is None else fill.slot.view
             if transfer.in_place:
                 with self._writing() as buffers:
-                    buffers += self._stage.buffers(transfer, view, begin, end)
+                    buffers.extend(self._stage.buffers(transfer, view, begin, end))
                     self._read_through_cache(fill, part, buffers)
             else:
                 self._read_through_cache(fill, part, self._stage.buffers(transfer, view, begin, end))
@@ -327,7 +327,7 @@ class Filling:
             return None
         copy_s = self._course.clock.now()
         with self._writing(copies=read) as buffers:
-            buffers += self._stage.buffers(transfer, None, begin, end)
+            buffers.extend(self._stage.buffers(transfer, None, begin, end))
             copy_out(wanted, buffers)
         return copy_s
 
