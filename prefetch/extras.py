@@ -13,7 +13,7 @@ from typing import cast
 import msgspec
 
 from weightstream.errors import UnsupportedFormatError
-from weightstream.prefetch.pickles import PickledBytes, PickledTensor
+from weightstream.prefetch.pickles import PickledBytes, PickledSet, PickledTensor
 
 __all__ = ["ExtraState", "ExtraTensor", "is_extra_state", "take_extra_states"]
 
@@ -36,7 +36,7 @@ class ExtraTensor(msgspec.Struct, frozen=True):
 class ExtraState(msgspec.Struct, frozen=True):
     """What one module keeps.
 
-    `value`: None, bool, int, float, str, bytes, `ExtraTensor`, or tuples, lists and dicts of these. `problem`: why there is
+    `value`: None, bool, int, float, complex, str, bytes, bytearray, `ExtraTensor`, or tuples, lists, sets and dicts of these. `problem`: why there is
     none; None: there is.
     """
 
@@ -91,21 +91,22 @@ class _Taker:
         self._left_values -= 1
         if self._left_values < 0 or level > MAX_LEVELS:
             raise _UnusableError(f"it holds more than {MAX_VALUES} values, or more than {MAX_LEVELS} levels of them")
-        if value is None or isinstance(value, (bool, int, float)):
-            return value
-        if isinstance(value, str):
-            self._count(len(value))
+        if value is None or isinstance(value, (bool, int, float, complex, str)):
+            self._count(len(value) if isinstance(value, str) else 0)
             return value
         if isinstance(value, PickledBytes):
             self._count(len(value.text))
             try:
-                return value.text.encode("latin1")
+                raw = value.text.encode("latin1")
             except UnicodeEncodeError:
                 raise _UnusableError("it holds bytes that are none") from None
+            return bytearray(raw) if value.is_array else raw
         if isinstance(value, PickledTensor):
             tensor = self._read(name, value, self._left_bytes)
             self._count(MAX_BYTES + 1 if tensor is None else len(tensor.raw))
             return tensor
+        if isinstance(value, PickledSet):
+            return {self.take(name, item, level + 1) for item in value.items[: value.count]}
         if isinstance(value, (tuple, list)):
             items = [self.take(name, item, level + 1) for item in cast("list[object]", value)]
             return items if isinstance(value, list) else tuple(items)

@@ -17,6 +17,7 @@ import msgspec
 
 from weightstream.errors import HeaderError, UnsupportedFormatError
 from weightstream.prefetch.header import MAX_RANK
+from weightstream.prefetch.torchnames import DEVICES, DTYPES, STORAGES
 from weightstream.prefetch.unpickling import MalformedError, NewerProtocolError, unpickle
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "MAX_PICKLE_BYTES",
     "OPAQUE",
     "PickledBytes",
+    "PickledSet",
     "PickledTensor",
     "Storage",
     "newer_protocol",
@@ -37,53 +39,6 @@ MAX_OPCODES = 2**21
 
 #: So many tensors with attributes are made inside each other: each takes stack. torch makes one.
 _MOST_INSIDE = 2
-
-#: Names of dtypes in torch, and in the safetensors format. torch's other dtypes keep torch's name.
-_DTYPES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "int16": "I16",
-    "uint16": "U16",
-    "int32": "I32",
-    "uint32": "U32",
-    "int64": "I64",
-    "uint64": "U64",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-    "complex64": "C64",
-    "complex32": "complex32",
-    "complex128": "complex128",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "float8_e8m0fnu": "F8_E8M0",
-    "float4_e2m1fn_x2": "F4",
-}
-
-_STORAGES = {
-    "Bool": "BOOL",
-    "Byte": "U8",
-    "Char": "I8",
-    "Short": "I16",
-    "Int": "I32",
-    "Long": "I64",
-    "Half": "F16",
-    "BFloat16": "BF16",
-    "Float": "F32",
-    "Double": "F64",
-    "ComplexFloat": "C64",
-    "ComplexDouble": "complex128",
-    "QInt8": "qint8",
-    "QUInt8": "quint8",
-    "QInt32": "qint32",
-}
-
-#: Kinds of devices that every torch knows by name, whether or not there is one.
-_DEVICES = frozenset({"cpu", "cuda", "meta", "mps", "xpu", "hpu", "mtia"})
 
 #: Stands for the dtype of a storage of bytes, of which every tensor says its own.
 _UNTYPED = "untyped"
@@ -112,9 +67,17 @@ class PickledTensor(msgspec.Struct, frozen=True):
 
 
 class PickledBytes(msgspec.Struct, frozen=True):
-    """Bytes, as the characters of the same numbers."""
+    """Bytes, as the characters of the same numbers; `is_array`: a bytearray of them."""
 
     text: str
+    is_array: bool = False
+
+
+class PickledSet(msgspec.Struct, frozen=True):
+    """A set of the first `count` items of a list, which can only grow: strings, numbers, None, and bytes."""
+
+    items: list[object]
+    count: int
 
 
 class _Opaque:
@@ -132,8 +95,8 @@ def read_pickle(
     """Read one pickle; `is_old`: of the older layout, which describes storages with one field more.
 
     Returns:
-        What it stands for: None, bool, int, float, str, tuple, list, dict with keys that are strings or numbers,
-        `PickledTensor`, `PickledBytes`, or `OPAQUE`; where it ends in `raw`; and the storages that it mentions, by their keys.
+        What it stands for: None, bool, int, float, complex, str, tuple, list, dict with keys that are strings or numbers,
+        `PickledTensor`, `PickledBytes`, `PickledSet`, or `OPAQUE`; where it ends in `raw`; and the storages that it mentions, by their keys.
 
     Raises:
         EndOfDataError: `raw` ends before the pickle does.
@@ -180,6 +143,7 @@ class _Tensors:
         self._num_inside = 0
         self._num_attributes = 0
         self._encoded: dict[int, str] = {}
+        self._hashable: dict[int, tuple[list[object], int]] = {}
 
     def name(self, text: str) -> object:
         found = _NAMES.get(text)
@@ -286,7 +250,7 @@ class _Tensors:
 
     def device(self, given: tuple[object, ...]) -> object:
         kind, index = (*given, 0) if len(given) == 1 else given if len(given) == 2 else (None, 0)
-        if not isinstance(kind, str) or kind not in _DEVICES or not 0 <= _whole(index) < 128:
+        if not isinstance(kind, str) or kind not in DEVICES or not 0 <= _whole(index) < 128:
             raise MalformedError("a device that torch may not know")
         return OPAQUE
 
@@ -302,6 +266,34 @@ class _Tensors:
                 raise MalformedError("bytes that are none") from exc
             self._encoded[id(text)] = text  # which keeps it, and its id with it
         return PickledBytes(text)
+
+    def byte_array(self, given: tuple[object, ...]) -> object:
+        """Take one that is empty, or made of bytes, as protocol 2 writes them."""
+        whole = PickledBytes("") if not given else given[0]
+        if len(given) > 1 or not isinstance(whole, PickledBytes):
+            raise MalformedError("a bytearray of something else than bytes")
+        return PickledBytes(whole.text, is_array=True)
+
+    def complex_number(self, given: tuple[object, ...]) -> object:
+        real, imaginary = given if len(given) == 2 else (None, None)
+        if type(real) is not float or type(imaginary) is not float:
+            raise MalformedError("a complex number that is not made of two")
+        return complex(real, imaginary)
+
+    def set_of_list(self, given: tuple[object, ...]) -> object:
+        """Take one whose items are quick to hash. Each item of a list is looked at once, of however many sets it is."""
+        if len(given) != 1 or type(given[0]) is not list:
+            raise MalformedError("a set that is not made of a list")
+        items = cast("list[object]", given[0])
+        known = self._hashable.get(id(items), (items, 0))[1]
+        if not all(map(_is_quick_to_hash, items[known:])):
+            raise UnsupportedFormatError(
+                "the pickle has a set of something else than strings, numbers and bytes",
+                file=self._file,
+                hint="Save the model's state_dict alone; safetensors holds nothing but tensors",
+            )
+        self._hashable[id(items)] = items, len(items)  # which keeps it, and its id with it
+        return PickledSet(items, len(items))
 
     def _check_state(self, state: object) -> None:
         """Check the attributes of a tensor, none of which is needed: a dict of them, and one for those in slots."""
@@ -332,6 +324,12 @@ class _Tensors:
             _whole(size)
         checked = self._checked[id(sizes)] = cast("tuple[int, ...]", sizes)  # which keeps it, and its id with it
         return checked
+
+
+def _is_quick_to_hash(item: object) -> bool:
+    if isinstance(item, PickledBytes):
+        return not item.is_array
+    return item is None or type(item) in (str, int, bool, float, complex)
 
 
 def _check_gradient(dtype: str, requires_grad: object, hooks: object) -> None:
@@ -373,8 +371,8 @@ class _Function:
 _PLAIN_CLASS = object()
 
 _NAMES: dict[str, object] = {
-    **{f"torch.{name}Storage": _StorageClass(dtype) for name, dtype in _STORAGES.items()},
-    **{f"torch.{name}": _DType(dtype) for name, dtype in _DTYPES.items()},
+    **{f"torch.{name}Storage": _StorageClass(dtype) for name, dtype in STORAGES.items()},
+    **{f"torch.{name}": _DType(dtype) for name, dtype in DTYPES.items()},
     **{f"torch.{module}UntypedStorage": _StorageClass(_UNTYPED) for module in ("storage.", "")},
     **dict.fromkeys(("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"), _PLAIN_CLASS),
     "torch._utils._rebuild_tensor": _Function(_Tensors.tensor),
@@ -387,4 +385,7 @@ _NAMES: dict[str, object] = {
     "torch.Size": _Function(_Tensors.size),
     "torch.device": _Function(_Tensors.device),
     "_codecs.encode": _Function(_Tensors.encode),
+    **{f"{module}.bytearray": _Function(_Tensors.byte_array) for module in ("__builtin__", "builtins")},
+    **{f"{module}.complex": _Function(_Tensors.complex_number) for module in ("__builtin__", "builtins")},
+    **{f"{module}.set": _Function(_Tensors.set_of_list) for module in ("__builtin__", "builtins")},
 }

@@ -286,6 +286,9 @@ PICKLE_TOKENS = [
             b"torch\nTensor",
             b"torch\nSize",
             b"collections\nOrderedDict",
+            b"__builtin__\nset",
+            b"__builtin__\ncomplex",
+            b"__builtin__\nbytearray",
             b"os\nsystem",
         )
     ],
@@ -302,7 +305,8 @@ def torch_files(draw: st.DrawFn, *, zipped: bool | None = None) -> bytes:
     for name in draw(st.lists(names, unique=True, min_size=1, max_size=4)):
         state[name] = draw(st.sampled_from(VIEWS))(draw(st.sampled_from(wholes)))
     if draw(st.booleans()):
-        state["other"] = draw(st.sampled_from([None, 3, 2**70, 1.5, "x", [1], (2, 3), {"a": 1}, torch.Size([2])]))
+        others = [None, 3, 2**70, 1.5, "x", [1], (2, 3), {"a": 1}, torch.Size([2]), {1, "x"}, 1j, bytearray(b"x")]
+        state["other"] = draw(st.sampled_from(others))
     if draw(st.booleans()):
         state = {draw(st.sampled_from(["state_dict", "model"])): state, "epoch": 3}
     buffer = io.BytesIO()

@@ -10,13 +10,14 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from tests.builders import assert_same, leaves_nothing
 from weightstream.errors import HeaderError, UnsupportedFormatError
+from weightstream.prefetch import pickles
 from weightstream.prefetch.checkpoint import open_checkpoint
 from weightstream.prefetch.pickles import read_pickle
 from weightstream.prefetch.torchfile import _OLD as OLD
@@ -203,6 +204,8 @@ def big_endian(path: Path) -> None:
             {"a": torch.ones(2, dtype=torch.complex128)}, "cannot be loaded: found complex128", id="complex128"
         ),
         pytest.param({"a": torch.ones(2, dtype=torch.complex64).conj()}, "conjugated or negated", id="conjugated"),
+        pytest.param({"a": BASE, "x": {(1, 2)}}, "a set of something else than strings, numbers and bytes", id="set"),
+        pytest.param({"a": BASE, "x": frozenset({1})}, r"needs __builtin__\.frozenset", id="frozenset"),
         pytest.param({"a": torch.eye(3).to_sparse()}, r"needs torch\._utils\._rebuild_sparse_tensor", id="sparse"),
     ],
 )
@@ -256,6 +259,10 @@ def beside(called: bytes, arguments: bytes) -> bytes:
         pytest.param(b"torch\ndevice", b"X\3\0\0\0cpu\x85", id="device without a number"),
         pytest.param(b"collections\nOrderedDict", b")", id="OrderedDict"),
         pytest.param(b"_codecs\nencode", b"X\2\0\0\0\xc3\xbfX\6\0\0\0latin1\x86", id="bytes"),
+        pytest.param(b"__builtin__\nset", b"](K\1Ne\x85", id="set"),
+        pytest.param(b"builtins\nset", b"]\x85", id="set of protocol 3"),
+        pytest.param(b"__builtin__\ncomplex", b"G" + bytes(8) + b"G" + bytes(8) + b"\x86", id="complex"),
+        pytest.param(b"__builtin__\nbytearray", b")", id="bytearray"),
     ],
 )
 def test_what_lies_beside_tensors_is_left_out(tmp_path: Path, called: bytes, arguments: bytes) -> None:
@@ -275,6 +282,11 @@ def test_what_lies_beside_tensors_is_left_out(tmp_path: Path, called: bytes, arg
         pytest.param(b"collections\nOrderedDict", b"K\2\x85", id="OrderedDict of a number"),
         pytest.param(b"_codecs\nencode", b"X\3\0\0\0\xe2\x82\xacX\6\0\0\0latin1\x86", id="no bytes"),
         pytest.param(b"_codecs\nencode", b"K\2X\6\0\0\0latin1\x86", id="encoded number"),
+        pytest.param(b"__builtin__\nset", b"K\2\x85", id="set of a number"),
+        pytest.param(b"__builtin__\nset", b"]]\x86", id="set of two lists"),
+        pytest.param(b"__builtin__\ncomplex", b"X\1\0\0\0aX\1\0\0\0b\x86", id="complex of strings"),
+        pytest.param(b"__builtin__\nbytearray", b"]N\x86", id="bytearray of a list and nothing"),
+        pytest.param(b"__builtin__\nbytearray", b"X\1\0\0\0a\x85", id="bytearray of a string"),
         pytest.param(
             b"torch._utils\n_rebuild_parameter_with_state", b"(h\0\x88ccollections\nOrderedDict\n)RK\5t", id="state"
         ),
@@ -345,6 +357,33 @@ def test_pickle_that_breaks_the_rules_is_refused(tmp_path: Path, pickled: bytes,
     with leaves_nothing(), pytest.raises(HeaderError, match=says) as caught:
         open_checkpoint(path)
     assert caught.value.file == str(path)
+
+
+def test_set_of_what_cannot_be_hashed_is_refused_though_the_list_grew_behind_another_set(tmp_path: Path) -> None:
+    """A list is looked at from where it was looked at last: [1] makes a set, and [1, []], the same list, none."""
+    lists = b"c__builtin__\nset\n]q\1K\1a\x85RX\1\0\0\0c" + b"c__builtin__\nset\nh\1"
+    pickled = tensor_pickle()[:-1] + b"(X\1\0\0\0b" + lists
+    good, bad = pickled + b"K\2a\x85Ru.", pickled + b"]a\x85Ru."
+    assert tensors_in(with_pickle(tmp_path / "good.pt", good)).keys() == {"a"}
+    assert torch.load(tmp_path / "good.pt", weights_only=True)["c"] == {1, 2}
+    with pytest.raises(UnsupportedFormatError, match="a set of something else"):
+        open_checkpoint(with_pickle(tmp_path / "bad.pt", bad))
+    array = pickled + b"c__builtin__\nbytearray\n)Ra\x85Ru."
+    with pytest.raises(UnsupportedFormatError, match="a set of something else"):
+        open_checkpoint(with_pickle(tmp_path / "array.pt", array))
+
+
+def test_many_sets_of_one_long_list_take_no_longer_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[object] = []
+
+    def look_at(item: object) -> bool:
+        looked_at.append(item)
+        return True
+
+    monkeypatch.setattr(pickles, "_is_quick_to_hash", look_at)
+    once = b"c__builtin__\nset\nh\1\x85R"
+    value, _, _ = read_pickle(b"\x80\2](" + b"K\7" * 1000 + b"eq\1" + b"(" + once * 1000 + b"t.", file="a.pt")
+    assert len(cast("tuple[object, ...]", value)) == len(looked_at) == 1000
 
 
 def test_too_many_instructions_are_refused() -> None:

@@ -193,6 +193,11 @@ class TestExtraStateThatIsNoTensor:
             pytest.param({"step": 3, "scale": 0.1, "names": ["a", ("b", True)], 5: 2**70}, id="dict"),
             pytest.param(OrderedDict(b=1, a=[]), id="OrderedDict"),
             pytest.param([], id="nothing in it"),
+            pytest.param({"a", 1, 2.5, None, b"b\xff", 3 + 4j}, id="set"),
+            pytest.param(set[int](), id="empty set"),
+            pytest.param([1.5 - 2j], id="complex"),
+            pytest.param(bytearray(b"\0a\xff"), id="bytearray"),
+            pytest.param(bytearray(), id="empty bytearray"),
         ],
     )
     async def test_is_given_to_its_module(
@@ -297,6 +302,7 @@ class TestExtraStateThatIsNoTensor:
             pytest.param([torch.zeros(2**22), torch.zeros(1)], "more than 16777216 bytes", id="tensors"),
             pytest.param(b"a" * (2**24 + 1), "more than 16777216 bytes", id="bytes"),
             pytest.param([1] * 100_000, "more than 100000 values", id="values"),
+            pytest.param(set(range(100_000)), "more than 100000 values", id="values of a set"),
             pytest.param(nested(40), "32 levels", id="levels"),
             pytest.param(contains_itself(), "32 levels", id="contains itself"),
             pytest.param(doubling(30), "more than 100000 values", id="one list again and again"),
