@@ -17,7 +17,7 @@ import msgspec
 
 from weightstream.errors import HeaderError, UnsupportedFormatError
 from weightstream.prefetch.header import MAX_RANK
-from weightstream.prefetch.torchnames import DEVICES, DTYPES, STORAGES
+from weightstream.prefetch.torchnames import DEVICES, DTYPES, OWN_ATTRIBUTES, STORAGES
 from weightstream.prefetch.unpickling import MalformedError, NewerProtocolError, unpickle
 
 __all__ = [
@@ -309,6 +309,8 @@ class _Tensors:
             self._num_attributes += len(names)
             if self._num_attributes > MAX_OPCODES or not all(type(name) is str for name in names):
                 raise MalformedError("attributes without a name, or too many")
+            if any(name in OWN_ATTRIBUTES for name in names):
+                raise MalformedError("attributes that are not a tensor's to set")
 
     def _sizes(self, value: object) -> tuple[int, ...]:
         """Check sizes, once for each tuple: it may be the shape of every tensor."""

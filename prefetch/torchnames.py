@@ -1,8 +1,8 @@
-"""Names that torch has for dtypes, storages and devices in its files. Sources: torch/storage.py, torch/_utils.py."""
+"""Names that torch has for dtypes, storages, devices and attributes in its files. Sources: torch/storage.py, torch/_utils.py."""
 
 from __future__ import annotations
 
-__all__ = ["DEVICES", "DTYPES", "STORAGES"]
+__all__ = ["DEVICES", "DTYPES", "OWN_ATTRIBUTES", "STORAGES"]
 
 #: Names of dtypes in torch, and in the safetensors format. torch's other dtypes keep torch's name.
 DTYPES = {
@@ -51,3 +51,15 @@ STORAGES = {
 
 #: Kinds of devices that every torch knows by name, whether or not there is one.
 DEVICES = frozenset({"cpu", "cuda", "meta", "mps", "xpu", "hpu", "mtia"})
+
+#: Attributes that torch's own classes of tensors compute, or check when they are set (torch 2.8 to 2.13). Nobody can have
+#: given a tensor others under these names, and torch fails at most of them.
+OWN_ATTRIBUTES = frozenset(
+    """
+    H T __class__ __cuda_array_interface__ __dict__ __weakref__ _backward_hooks _base _cdata _grad _grad_fn
+    _has_symbolic_sizes_strides _post_accumulate_grad_hooks _python_dispatch _version data device dtype grad grad_dtype
+    grad_fn imag is_cpu is_cuda is_ipu is_leaf is_maia is_meta is_mkldnn is_mps is_mtia is_nested is_quantized is_sparse
+    is_sparse_csr is_vulkan is_xla is_xpu itemsize layout mH mT name nbytes ndim output_nr real requires_grad retains_grad
+    shape volatile
+    """.split()  # noqa: SIM905 (shorter)
+)

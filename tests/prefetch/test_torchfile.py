@@ -89,6 +89,26 @@ def test_bytes_are_those_that_torch_loads(tmp_path: Path, make: Callable[[], dic
         assert_same(found[name], tensor)
 
 
+def own_attributes() -> list[str]:
+    """Names of what torch's own classes compute, or check when it is set."""
+    classes = [*torch.Tensor.__mro__, *torch.nn.Parameter.__mro__]
+    return sorted({name for kind in classes for name, value in vars(kind).items() if hasattr(type(value), "__set__")})
+
+
+@pytest.mark.parametrize("name", own_attributes())
+@pytest.mark.parametrize("kind", [torch.tensor, lambda value: torch.nn.Parameter(torch.tensor(value))], ids=["t", "p"])
+def test_attributes_under_the_names_of_torch_s_own_are_refused(
+    tmp_path: Path, name: str, kind: Callable[[float], torch.Tensor]
+) -> None:
+    tensor = kind(1.0)
+    setattr(tensor, "?" * len(name), "x")
+    path = save(tmp_path / "a.bin", {"a": tensor}, zipped=False)
+    assert set(tensors_in(path)) == {"a"}
+    path.write_bytes(path.read_bytes().replace(b"?" * len(name), name.encode()))
+    with pytest.raises(HeaderError, match="attributes that are not a tensor's to set"):
+        tensors_in(path)
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol 3")  # torch's
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
 def test_protocol_3_is_read_as_torch_reads_it(tmp_path: Path, *, zipped: bool) -> None:
