@@ -85,10 +85,12 @@ def print_verdict(console: Console, found: Verdict) -> None:
     """Print what was found out, for people."""
     rate = format_rate(found.num_bytes / found.wall_s)
     num_good = sum(shard.status == "ok" for shard in found.shards)
+    num_new = 0 if found.manifest is None else sum(shard.status == "unknown" for shard in found.shards)
     print_title(
         console,
         f"{format_bytes(found.num_bytes)} hashed in {found.wall_s:.2f} s, {rate}: "
-        f"{num_good} of {len(found.shards)} files are what they should be",
+        f"{num_good} of {len(found.shards)} files are what they should be"
+        + (f", and {num_new} are in the manifest from now on" if num_new else ""),
     )
     facts = [("checkpoint", found.checkpoint)]
     if found.num_retries:

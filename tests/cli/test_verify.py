@@ -76,6 +76,7 @@ def test_unknown_is_not_good(weightstream: Run, folder: Path) -> None:
 def test_sha256sum_accepts_what_it_writes(weightstream: Run, folder: Path) -> None:
     result = weightstream("verify", folder, "--write-manifest")
     assert result.code == 0
+    assert "0 of 3 files are what they should be, and 3 are in the manifest from now on" in result.out
     assert str(folder / "SHA256SUMS") in result.out
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True, capture_output=True)
     assert weightstream("verify", folder).code == 0
