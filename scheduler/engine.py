@@ -331,7 +331,7 @@ class Engine:
                 expected=f"{num_bytes} bytes",
                 actual=f"{left_bytes} bytes",
                 hint=f"Set prefetch.host_memory to {self.budget.limit_bytes - left_bytes + num_bytes} bytes or more, or"
-                " load into a model on meta",
+                " load into a model on meta; strategy: direct holds modules that load themselves one by one",
             )
         try:
             yield

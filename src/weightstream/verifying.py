@@ -155,5 +155,5 @@ async def _verify(work: Work, display: Display, *, writes_manifest: bool, overwr
     if writes_manifest and all(shard.status != "wrong" for shard in shards):
         lines = [(shard.name, shard.sha256) for shard in shards]
         write = functools.partial(write_manifest, checkpoint.folder, lines, overwrite=overwrites)
-        written = await in_thread(work.call, write)
+        written = await in_thread(lambda: work.call(write))
     return Verdict(str(checkpoint.path), shards, time.monotonic() - work.began_s, work.num_retries, written)
