@@ -111,7 +111,7 @@ class Binder:
         What a module says of missing and unexpected keys counts at the end, as with modules that do not come in turns.
 
         Raises:
-            PlacementError: a module's own hooks failed.
+            PlacementError: two names of one tied tensor have different bytes, or a module's own hooks failed.
         """
         ready: list[str] = []
         self._stage.run(lambda: self._place(turn, ready))
@@ -179,6 +179,8 @@ class Binder:
         if turn.subtree is not None:
             self._said[id(turn.subtree)] = self._load_subtree(turn.subtree, ready)
             return
+        for first, second in turn.doubles:
+            self._compare(first, tensor_of(first), self._staged.pop(second.name), second)
         places = [self._placement.places[index] for index in turn.places]
         self._write([place for place in places if place.name in self._staged], ready)  # `bind` has written parts
 
@@ -231,6 +233,8 @@ class Binder:
             return
         waiting = {id(tensor): loaded for tensor, loaded in zip(self._waiting, self._loaded, strict=True)}
         for first, second in self._placement.doubles:
+            if second.name not in self._staged:  # it had its turn
+                continue
             found = self._staged.get(first.name, waiting.get(id(tensor_of(first))))
             loaded = tensor_of(first) if found is None else found
             self._compare(first, loaded, self._staged.pop(second.name), second)

@@ -1,9 +1,10 @@
 """Turns: what is loaded beside the model's own storage comes one after the other, where a load is to hold little.
 
-Tensors that a module loads itself, that are copied to storage whose elements do not lie in order, or of which each
-process keeps a part, are loaded beside what they become part of. Where all of them are placed at the end of a load, all
-of them are held until then. In *turns* no more is held than the largest of them: a turn is one such module with all that
-it is given, or one such tensor. It is placed as soon as it is there, its memory is let go, and only then the next is read.
+Tensors that a module loads itself, that are copied to storage whose elements do not lie in order, of which each process
+keeps a part, or that are compared because a tied tensor is there under another name too, are loaded beside what the model
+keeps. Where all of them are placed at the end of a load, all of them are held until then. In *turns* no more is held than
+the largest of them: a turn is one such module with all that it is given, one such tensor, or one tied tensor under all its
+names. It is placed as soon as it is there, its memory is let go, and only then the next is read.
 
 Not in turns, and placed at the end as ever: modules that have a tensor which is loaded elsewhere too (a tie), or lies in
 memory that others have too, because the order in which these are written counts.
@@ -32,11 +33,13 @@ class Turn(NamedTuple):
         places: all of it, as indices in `Placement.places`.
         beside: those of them whose memory is let go when they have been placed; parameters on meta take theirs.
         subtree: the module that loads itself, if it is one.
+        doubles: pairs of places to be compared, if it is a tied tensor.
     """
 
     places: tuple[int, ...]
     beside: tuple[int, ...]
-    subtree: Subtree | None
+    subtree: Subtree | None = None
+    doubles: tuple[tuple[Place, Place], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,8 @@ def find_turns(placement: Placement) -> Turns | None:
     """
     candidates = [subtree for subtree in placement.subtrees if _may_come_alone(subtree)]
     singles = (*placement.strided, *placement.sharded)
-    if len(candidates) + len(singles) < 2:
+    tied = _tied(placement)
+    if len(candidates) + len(singles) + len(tied) < 2:
         return None
     index_of = {place.name: index for index, place in enumerate(placement.places)}
     entangled = _entangled(placement) if candidates else set[int]()
@@ -76,10 +80,23 @@ def find_turns(placement: Placement) -> Turns | None:
         if id(subtree) not in entangled:
             beside = tuple(index_of[place.name] for place in _beside(subtree))
             turns.append(Turn(tuple(index_of[place.name] for place in subtree.places), beside, subtree))
-    turns += [Turn((index,), (index,), None) for index in (index_of[place.name] for place in singles)]
+    turns += [Turn((index,), (index,)) for index in (index_of[place.name] for place in singles)]
+    for doubles in tied:
+        beside = tuple(index_of[second.name] for _, second in doubles)
+        turns.append(Turn((index_of[doubles[0][0].name], *beside), beside, doubles=tuple(doubles)))
     if len(turns) < 2:
         return None
     return Turns(tuple(turns), {place: number for number, turn in enumerate(turns) for place in turn.places})
+
+
+def _tied(placement: Placement) -> list[list[tuple[Place, Place]]]:
+    """Return what is to be compared, tensor by tensor, where the first name's is in the model as soon as it is there."""
+    tied: dict[str, list[tuple[Place, Place]]] = {}
+    later = {place.name for place in (*placement.strided, *placement.sharded, *placement.shared)}
+    for first, second in placement.doubles:
+        if first.name not in later:
+            tied.setdefault(first.name, []).append((first, second))
+    return list(tied.values())
 
 
 def _beside(subtree: Subtree) -> Iterator[Place]:

@@ -77,7 +77,7 @@ def plan_of(
         order=order,
         isolate_large=isolate_large,
         fills_land=fills_land,
-        turns=Turns(tuple(Turn(indices, indices, None) for indices in members), of) if num_turns else None,
+        turns=Turns(tuple(Turn(indices, indices) for indices in members), of) if num_turns else None,
     )
     return plan, specs, places
 

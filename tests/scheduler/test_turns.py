@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import weightstream as ws
-from tests.builders import leaves_nothing, write_in_order, write_sums
+from tests.builders import assert_same, leaves_nothing, write_in_order, write_sums
 from tests.fakes.rig import KIB, Rig
 from tests.models import tensors_of
 from weightstream.device.layout import padded
@@ -63,7 +63,7 @@ def scattered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def assert_loaded(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, tensors[name], rtol=0, atol=0)
+        assert_same(tensor, tensors[name])
 
 
 orders = pytest.mark.parametrize("order", ["model", "file"])
@@ -174,6 +174,40 @@ async def test_strided_parameters_come_in_turns_too(make_rig: MakeRig, tmp_path:
         slot_bytes if device == "fake" else largest
     )  # which is read to where it is staged
     assert report.device_peak_bytes == (largest if device == "fake" else 0)
+
+
+@pytest.mark.parametrize("begins", ["meta", "cpu"])
+@pytest.mark.parametrize("different", [False, True], ids=["equal", "different"])
+async def test_tied_tensors_under_several_names_are_compared_in_turns(
+    rig: Rig,
+    tmp_path: Path,
+    begins: str,
+    different: bool,  # noqa: FBT001
+) -> None:
+    """The first of three pairs is there under a third name, too; only one tensor is held beside the model at a time."""
+    model = nn.Module()
+    for number in range(3):
+        weight = nn.Parameter(torch.zeros(WIDTH, WIDTH * (number + 1), device=begins))
+        for name in ("a", "b", "c") if number == 0 else ("a", "b"):
+            model.register_parameter(f"{name}{number}", weight)
+    tensors = {f"a{number}": torch.rand(WIDTH, WIDTH * (number + 1)) for number in range(3)}
+    tensors |= {name: tensors[f"a{name[1]}"].clone() for name in ("b0", "b1", "b2", "c0")}
+    if different:
+        tensors["b1"][3, 3] += 1
+    path = write_in_order(tmp_path, tensors)
+    async with rig.loader(strategy="direct") as loader:
+        if different:
+            with pytest.raises(ws.PlacementError, match=r"b1 .*the model ties this tensor to a1"):
+                await loader.load(model, path)
+            assert all(parameter.is_meta == (begins == "meta") for parameter in model.parameters())
+            return
+        report = await loader.load(model, path)
+    assert_loaded(model, tensors)
+    assert cast("Any", model).a0 is cast("Any", model).c0
+    if rig.device == "host" and rig.io == "buffered":
+        sizes = [padded(tensors[f"a{number}"].nbytes) for number in range(3)]
+        kept_bytes = sum(sizes) if begins == "meta" else 28 * KIB  # in storage, a slot of whole pages for the largest
+        assert report.host_peak_bytes == kept_bytes + sizes[2]
 
 
 async def test_budget_has_to_hold_one_module_and_not_all(make_rig: MakeRig, tmp_path: Path) -> None:
@@ -295,7 +329,7 @@ async def test_module_is_ready_when_its_turn_is_over(rig: Rig, tmp_path: Path) -
         handle = await loader.start(model, path)
         gate.wait_reached()
         await handle.ready("0")
-        torch.testing.assert_close(cast("Any", model[0]).weight, tensors["0.weight"], rtol=0, atol=0)
+        assert_same(cast("Any", model[0]).weight, tensors["0.weight"])
         gate.open()
         await handle.wait()
 
