@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -64,3 +65,10 @@ def test_every_test_folder_is_a_package() -> None:
 
 def test_no_manifest_grafts_the_source() -> None:
     assert not (ROOT / "MANIFEST.in").exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_architecture_names_every_module_of_a_stage(stage: str) -> None:
+    (row,) = re.findall(rf"^\| `{stage}/` .*$", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE)
+    modules = {path.stem for path in (ROOT / stage).glob("*.py")} - {"__init__"}
+    assert modules - set(re.findall(r"`(\w+)`", row)) == set()
