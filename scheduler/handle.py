@@ -162,8 +162,11 @@ def end_alone(job: Job, engine: Engine) -> None:
 
     It is done on a thread of its own, which no signal interrupts. The caller may be interrupted before that is there: so
     it is called twice, by two `finally` in each other, and does nothing the second time.
+
+    Nor does it where the interpreter goes and collects an iterator that was left open: no thread runs any more, or can be
+    waited for, and the load was ended before (`exits`).
     """
-    if engine.is_closed:
+    if engine.is_closed or sys.is_finalizing():
         return
     engine.hurry(sys.exc_info()[0])
 

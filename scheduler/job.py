@@ -33,6 +33,7 @@ from weightstream.prefetch.opening import files_hint, is_out_of_files
 from weightstream.prefetch.source import Source
 from weightstream.ranks import ranked_logger
 from weightstream.scheduler.engine import Engine
+from weightstream.scheduler.exits import ended_at_exit
 from weightstream.scheduler.files import Files
 from weightstream.scheduler.flow import Flow
 from weightstream.scheduler.ledger import Ledger
@@ -115,7 +116,7 @@ class Job:
                 it.
         """
         try:
-            self._engine.clock.spawn(on_callers_device(self._run), "weightstream-load")
+            self._engine.clock.spawn(on_callers_device(self._run_to_the_end), "weightstream-load")
         except BaseException as error:
             self.end(error)  # the thread may be there all the same, if it was the wait for it that was interrupted
             raise
@@ -187,6 +188,10 @@ class Job:
     def _is_claimed_by(self, whom: str) -> bool:
         """Give the load to whoever asks first, for good. Not a lock: who is interrupted here may ask again."""
         return self._claim.setdefault("by", whom) == whom
+
+    def _run_to_the_end(self) -> None:
+        with ended_at_exit(self.stop):
+            self._run()
 
     def _run(self) -> None:
         if not self._is_claimed_by("its thread"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -400,7 +401,10 @@ async def test_lstm_computes_with_what_was_loaded(rig: Rig, tmp_path: Path, wher
     reference = nn.LSTM(3, 4, num_layers=2, device=device)
     reference.load_state_dict(tensors)
     data = torch.rand(5, 3, device=device)
-    assert_same(model(data)[0], reference(data)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # cuDNN advises to put weights together that lie apart
+        found = model(data)[0]
+    torch.testing.assert_close(found, reference(data)[0], rtol=0, atol=0 if device.type == "cpu" else 1e-6)
 
 
 async def test_parameter_that_is_not_contiguous_is_filled(rig: Rig, tmp_path: Path) -> None:

@@ -62,8 +62,8 @@ async def test_floats_are_cast_as_torch_casts_them(
     async with rig.loader(strict=False, num_slots=4) as loader:
         await loader.load(model, write_in_order(tmp_path, tensors))
     for name, tensor in model.state_dict().items():
-        # Where it was cast: what becomes of NaN is each device's own.
-        assert_same(tensor, tensors[name].to(tensor.device).to(declared))
+        # Which NaN a NaN becomes is each device's own, and on some CPUs each loop's of torch (AVX512-FP16).
+        torch.testing.assert_close(tensor.cpu(), tensors[name].to(declared), rtol=0, atol=0, equal_nan=True)
 
 
 class Watched(FakeAccelerator):

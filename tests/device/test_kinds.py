@@ -241,7 +241,7 @@ class TestDTensor:
         )  # of whole pages; else it is read to where it is staged
         if rig.device != "fake":  # DTensors of the CPU
             assert report.host_peak_bytes == slot_bytes + largest
-        else:
+        elif rig.device == "fake":  # what has storage on the CPU stays there, also beside a real one
             assert report.device_peak_bytes == largest
 
     async def test_whole_shape_counts(self, rig: Rig, tmp_path: Path, mesh: DeviceMesh) -> None:

@@ -1,0 +1,46 @@
+"""The end of the process: loads that still run then are stopped, and their threads are waited for.
+
+A load's thread works in torch, and torch works without the interpreter for much of that time. If the interpreter has gone
+when such a thread wants it back, Python ends the thread from inside torch's C++, which aborts the process ("terminate
+called without an active exception"): 3 of 600 processes that ended in mid-load. `atexit` comes just before that.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+__all__ = ["ended_at_exit"]
+
+#: How long a process that ends waits for its loads. One that was stopped works in torch no more after milliseconds; this
+#: is for one that waits for a file system, which it does in Python, where its thread may be ended.
+_GRACE_S = 2.0
+
+_running: dict[threading.Thread, Callable[[BaseException], None]] = {}
+
+
+@contextmanager
+def ended_at_exit(stop: Callable[[BaseException], None]) -> Generator[None, None, None]:
+    """Have the calling thread waited for, after a call of `stop` from another one, if the process ends meanwhile.
+
+    `stop` is given SystemExit: a daemon thread of the program's that waits for the load ends with that, without a word.
+    """
+    thread = threading.current_thread()
+    _running[thread] = stop
+    try:
+        yield
+    finally:
+        _running.pop(thread, None)
+
+
+@atexit.register
+def _end_all() -> None:
+    until_s = time.monotonic() + _GRACE_S
+    running = dict(_running)
+    for stop in running.values():
+        stop(SystemExit("the process ends"))
+    for thread in running:
+        thread.join(max(0.0, until_s - time.monotonic()))
