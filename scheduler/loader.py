@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
@@ -264,6 +265,7 @@ class Loader:
 
 async def _close_engine(engine: Engine) -> None:
     if not engine.is_closed:
+        engine.hurry(sys.exc_info()[0])
         closed, thread = in_own_thread(engine.close, spawn=engine.clock.spawn)
         await insist(closed, on_cancel=engine.stragglers.hurry)
         thread.join()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from weightstream.device.backend import Backend
 from weightstream.prefetch.ring import Ring, Segment
+from weightstream.scheduler.exits import ended_at_exit
 
 __all__ = ["LIMITED", "Pinning"]
 
@@ -59,8 +60,9 @@ class Pinning:
             return
 
         def pin() -> None:
-            for segment in segments:
-                self._pin(ring, segment, backend, may_shrink=may_shrink, on_fallback=on_fallback)
+            with ended_at_exit(lambda _: None):  # it has so little left to do
+                for segment in segments:
+                    self._pin(ring, segment, backend, may_shrink=may_shrink, on_fallback=on_fallback)
 
         self._threads = [one for one in self._threads if one.is_alive()]
         thread = threading.Thread(target=pin, name="weightstream-pin", daemon=True)

@@ -16,11 +16,13 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 import weightstream as ws
+from weightstream.device.stage import DeviceStage
 from weightstream.prefetch.source import ByteRange, FileSource
 
 #: The exit code (negative: the signal), and whether Python prints a traceback.
@@ -28,6 +30,8 @@ EXPECTED: dict[str, tuple[int, bool]] = {
     "iterator, end of main": (0, False),
     "iterator, sys.exit": (3, False),
     "iterator, exception": (1, True),
+    "iterator in torch, end of main": (0, False),
+    "iterator in torch, sys.exit": (3, False),
     "daemon thread, end of main": (0, False),
     "daemon thread, sys.exit": (3, False),
     "loader, sys.exit": (3, False),
@@ -59,6 +63,18 @@ def read_slowly(self: FileSource, wanted: ByteRange, buffers: list[memoryview]) 
         _read(self, wanted, buffers)
         time.sleep(0)
     time.sleep(0.002)
+
+
+in_torch = threading.Event()
+_take = DeviceStage.take
+
+
+def take_slowly(self: DeviceStage, places: Sequence[int]) -> list[torch.Tensor]:
+    """Be in torch, and not in Python, nearly all the time: where a thread must not be when the interpreter goes away."""
+    matrix = torch.ones(1000, 1000)
+    in_torch.set()
+    torch.matmul(matrix, matrix)
+    return _take(self, places)
 
 
 def model() -> nn.Module:
@@ -111,8 +127,13 @@ def lead(how: str, path: str) -> None:
     """Begin a load, and end while it is in its middle."""
     FileSource.read = read_slowly  # type: ignore[assignment,method-assign]  # see there
     if how.startswith("iterator"):
+        if how.startswith("iterator in torch"):
+            DeviceStage.take = take_slowly  # type: ignore[method-assign]  # see there
         globals()["kept"] = tensors = ws.iter_tensors(path, CONFIG)
         next(tensors)
+        in_torch.clear()
+        if how.startswith("iterator in torch"):
+            in_torch.wait()
     elif how.startswith("daemon"):
         threading.Thread(target=ws.load_sync, args=(model(), path), kwargs={"config": CONFIG}, daemon=True).start()
         reading.wait()
