@@ -16,19 +16,18 @@ LIMIT_S = 20
 
 
 class Reads:
-    """A queue of reads. `closed` gives nothing out until it is opened; what was done is in `done`."""
+    """A queue of reads. It gives nothing out unless it `is_open`. `num_looks`: how often somebody asked."""
 
-    def __init__(self, *reads: Callable[[], None]) -> None:
+    def __init__(self, *reads: Callable[[], None], has_part: bool = False) -> None:
         self.reads = deque(reads)
         self.is_open = True
+        self.has_part = has_part
+        self.num_looks = 0
         #: Set, with the pool's lock held, when somebody looked and got nothing: he waits when the lock is free.
         self.was_looked_at = threading.Event()
 
-    @property
-    def has_part(self) -> bool:
-        return False
-
     def take(self) -> Callable[[], None] | None:
+        self.num_looks += 1
         if self.is_open and self.reads:
             return self.reads.popleft()
         self.was_looked_at.set()
@@ -140,6 +139,49 @@ def test_waking_makes_idle_threads_look_again(make_pool: Pools) -> None:
     queue.is_open = True
     pool.wake()
     assert done.wait(LIMIT_S)
+
+
+def wait_for_looks(queue: Reads, count: int) -> None:
+    """Wait until so many looks have been taken, the last of them in vain: whoever took it sleeps when the lock is free."""
+    until = time.monotonic() + LIMIT_S
+    while queue.num_looks < count:
+        assert time.monotonic() < until
+        queue.was_looked_at.wait(0.01)
+
+
+def test_what_is_there_for_one_wakes_one(make_pool: Pools) -> None:
+    """All of eight idle ones would look, for each slot that comes back."""
+    queue = Reads()
+    condition = threading.Condition()
+    pool = make_pool(8, condition)
+    pool.attach(queue)
+    wait_for_looks(queue, 8)
+    for number in range(1, 6):
+        done = threading.Event()
+        with condition:  # nobody is between looking and sleeping
+            queue.reads.append(done.set)
+        pool.wake(1)
+        assert done.wait(LIMIT_S)
+        wait_for_looks(queue, 8 + 2 * number)  # it takes the read, and looks once more
+        with condition:
+            assert queue.num_looks == 8 + 2 * number
+
+
+def test_further_parts_of_what_was_there_for_one_wake_others(make_pool: Pools) -> None:
+    together = threading.Barrier(4)
+
+    def meet() -> None:
+        together.wait(LIMIT_S)
+
+    queue = Reads(has_part=True)
+    condition = threading.Condition()
+    pool = make_pool(4, condition)
+    pool.attach(queue)
+    wait_for_looks(queue, 4)
+    with condition:
+        queue.reads.extend([meet] * 4)
+    pool.wake(1)
+    wait_for_looks(queue, 12)  # each of the four has read, and looked once more
 
 
 def test_read_that_lets_others_go_on_wakes_them(make_pool: Pools) -> None:
