@@ -4,7 +4,8 @@ Tensors that a module loads itself, that are copied to storage whose elements do
 keeps a part, or that are compared because a tied tensor is there under another name too, are loaded beside what the model
 keeps. Where all of them are placed at the end of a load, all of them are held until then. In *turns* no more is held than
 the largest of them: a turn is one such module with all that it is given, one such tensor, or one tied tensor under all its
-names. It is placed as soon as it is there, its memory is let go, and only then the next is read.
+names. Turns come when all else is in the model. Each is placed as soon as it is there, its memory is let go, and only then the
+next is read.
 
 Not in turns, and placed at the end as ever: modules that have a tensor which is loaded elsewhere too (a tie), or lies in
 memory that others have too, because the order in which these are written counts.
@@ -47,7 +48,8 @@ class Turns:
     """See the module.
 
     Attributes:
-        turns: in no order.
+        turns: in the order in which they are placed, which is that of a load without turns: modules that load themselves
+            come last, as they are registered, and their hooks see what they would see there.
         of: place -> which of them it belongs to. Places that are in none have no entry.
     """
 
@@ -76,14 +78,14 @@ def find_turns(placement: Placement) -> Turns | None:
     index_of = {place.name: index for index, place in enumerate(placement.places)}
     entangled = _entangled(placement) if candidates else set[int]()
     turns: list[Turn] = []
+    for doubles in tied:
+        beside = tuple(index_of[second.name] for _, second in doubles)
+        turns.append(Turn((index_of[doubles[0][0].name], *beside), beside, doubles=tuple(doubles)))
+    turns += [Turn((index,), (index,)) for index in (index_of[place.name] for place in singles)]
     for subtree in candidates:
         if id(subtree) not in entangled:
             beside = tuple(index_of[place.name] for place in _beside(subtree))
             turns.append(Turn(tuple(index_of[place.name] for place in subtree.places), beside, subtree))
-    turns += [Turn((index,), (index,)) for index in (index_of[place.name] for place in singles)]
-    for doubles in tied:
-        beside = tuple(index_of[second.name] for _, second in doubles)
-        turns.append(Turn((index_of[doubles[0][0].name], *beside), beside, doubles=tuple(doubles)))
     if len(turns) < 2:
         return None
     return Turns(tuple(turns), {place: number for number, turn in enumerate(turns) for place in turn.places})

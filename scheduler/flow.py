@@ -83,6 +83,9 @@ class Flow:
         self._stall_s = reading.stall_s
         self._unplaced = len(plan.chunks)
         self._unused: list[Slot] = []
+        #: Whether filled chunks were submitted last: then those that are there are placed, or they would wait for as long
+        #: as there are others to submit, where a copy takes its time (a cast on the CPU).
+        self._submitted_last = False
 
     @property
     def bytes_read(self) -> int:
@@ -133,9 +136,11 @@ class Flow:
                 left_s = self._left_s(deadline, timeout_s)  # also where there is always something to do
                 if course.recorder is not None:
                     course.recorder.take_up()
-                if course.filled:
+                if course.filled and not (course.placed and self._submitted_last):
+                    self._submitted_last = True
                     return Step(filled=self._filled())
                 if course.placed:
+                    self._submitted_last = False
                     placed, course.placed = course.placed, []
                     self._unplaced -= len(placed)
                     course.ledger.change(binding=1)

@@ -235,6 +235,8 @@ class Job:
         """Let everything go, and tell all but those who wait for the end of the load."""
         bytes_read = self.progress().bytes_read  # the last counts outlive the flow
         self._flow = self._files = None
+        if report is None:
+            self._ledger.enter("other")  # ends the section that it failed in
         self._state = "failed" if report is None else "done"
         if self._sink is not None:
             self._sink.end(error)

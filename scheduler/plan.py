@@ -125,8 +125,8 @@ def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)
         fills_land: whether readers may write to parameters that have storage, where blocks can be read into directly.
         mapped: the sizes of the shards, if they are mapped and tensors may stay in them.
         whole: read every shard that something is wanted from in whole, `order` or not.
-        turns: what is to be read and placed turn by turn: its chunks come together where the first of them does. Not
-            together with `whole`.
+        turns: what is to be read and placed turn by turn: all chunks of one together, behind those of none. Not with
+            `whole`.
     """
     layout = Layout(
         places,
@@ -235,13 +235,8 @@ def _earliest(places: list[Place]) -> Callable[[_Cut], int]:
 
 
 def _gathered(cuts: list[_Cut], turns: Turns) -> list[_Cut]:
-    """Move the cuts of each turn to the first of them; all others stay in their order."""
-    first_of: dict[int, int] = {}
-    ranks = [
-        rank if (turn := turns.of.get(cut.first)) is None else first_of.setdefault(turn, rank)
-        for rank, cut in enumerate(cuts)
-    ]
-    return [cuts[rank] for rank in sorted(range(len(cuts)), key=ranks.__getitem__)]
+    """Move the cuts of turns behind all others, turn by turn."""
+    return sorted(cuts, key=lambda cut: turns.of.get(cut.first, -1))
 
 
 def _whole_shards(

@@ -166,7 +166,7 @@ class ModelSink:
         atomic = self._engine.config.device.commit == "atomic"
         self._binder = Binder(prepared.placement, stage, atomic=atomic)
         if prepared.plan.turns is not None:
-            self._turns = TurnByTurn(prepared.plan.turns)
+            self._turns = TurnByTurn(prepared.plan.turns, len(prepared.placement.places))
 
     def admit(self, chunk: Chunk) -> bool:
         return self._turns is None or self._turns.admit(chunk.transfer.first)
@@ -177,6 +177,7 @@ class ModelSink:
         if self._turns is not None:
             for turn in self._turns.completed(places):
                 ready += self._end_turn(turn, self._turns)
+            self._engine.readers.wake()  # they may have waited for the last of what is in no turn
         return ready
 
     def finish(self) -> list[str]:
@@ -191,7 +192,6 @@ class ModelSink:
         with self._wanted.locating():
             ready = self._binder.place(turn)
         turns.end()
-        self._engine.readers.wake()
         return ready
 
     def rollback(self) -> tuple[str, ...]:

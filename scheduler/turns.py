@@ -10,13 +10,19 @@ __all__ = ["TurnByTurn"]
 class TurnByTurn:
     """Says which tensors may be read, and which turns are complete.
 
-    The plan has the chunks of a turn one behind the other, and they are granted in its order. So a turn that has begun
-    needs nothing that waits for it: neither a chunk that is admitted only after it, nor one of another turn.
+    The plan has the chunks of a turn one behind the other, and behind those of none; they are granted in its order. So a
+    turn that has begun needs nothing that waits for it: neither a chunk that is admitted only after it, nor one of another
+    turn. The first one begins when all that is in no turn has been placed: hooks may look at it.
+
+    Args:
+        turns: what they are.
+        num_places: how many places are told to `completed` in all.
     """
 
-    def __init__(self, turns: Turns) -> None:
+    def __init__(self, turns: Turns, num_places: int) -> None:
         self._turns = turns.turns
         self._of = turns.of
+        self._num_others_left = num_places - len(turns.of)
         self._left = [len(turn.places) for turn in turns.turns]
         #: Set by `admit`, with the flow's lock held; cleared by `end`, on the load's thread, which wakes readers then. One
         #: that has looked just before waits until it is woken; and no chunk of the turn that ends is still to be admitted.
@@ -27,7 +33,7 @@ class TurnByTurn:
         turn = self._of.get(place)
         if turn is None or turn == self._current:
             return True
-        if self._current is not None:
+        if self._current is not None or self._num_others_left:
             return False
         self._current = turn
         return True
@@ -37,7 +43,9 @@ class TurnByTurn:
         done: list[Turn] = []
         for place in places:
             turn = self._of.get(place)
-            if turn is not None:
+            if turn is None:
+                self._num_others_left -= 1
+            else:
                 self._left[turn] -= 1
                 if not self._left[turn]:
                     done.append(self._turns[turn])

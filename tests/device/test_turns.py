@@ -99,7 +99,7 @@ def test_module_with_a_tensor_that_is_loaded_elsewhere_is_none() -> None:
     model = nn.Sequential(nn.Linear(2, 3), hooked(), hooked(), hooked())
     model[1].weight = cast("nn.Linear", model[0]).weight
     assert [names for names, _ in turns_of(model)] == [
+        ["0.weight", "1.weight"],
         ["2.weight", "2.bias"],
         ["3.weight", "3.bias"],
-        ["0.weight", "1.weight"],
     ]

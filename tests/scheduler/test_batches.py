@@ -12,12 +12,15 @@ import torch
 from torch import nn
 
 from tests.builders import assert_same, write_in_order
+from tests.fakes.accelerator import FakeAccelerator
+from tests.fakes.clock import VirtualClock
 from tests.fakes.rig import KIB, Rig
 from weightstream.scheduler import flow
 from weightstream.scheduler.copying import Copying
 from weightstream.scheduler.course import Filled
 from weightstream.scheduler.filling import Filling
 from weightstream.scheduler.flow import Flow
+from weightstream.scheduler.report import Progress
 
 MakeRig = Callable[..., Rig]
 
@@ -99,6 +102,38 @@ async def test_slots_that_come_back_do_not_wake_readers_in_vain(
     async with make_rig("fake", copy_bytes_per_s=1000 * KIB).loader(workers=16, num_slots=2) as loader:
         await loader.load(on_meta(), path)
     assert looks <= 3 * NUM_CHUNKS + 2 * 16
+
+
+class Slow(FakeAccelerator):
+    """Takes a second for each copy and makes its caller wait, as a cast on the CPU does."""
+
+    progress: Callable[[], Progress] | None = None
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        assert isinstance(self._clock, VirtualClock)
+        if self.progress is not None:
+            placed.append(self.progress().bytes_placed)
+        self._clock.sleep(1.0)
+        super().copy(destination, source)
+
+
+placed: list[int] = []
+
+
+async def test_what_is_there_is_placed_though_more_waits_to_be_submitted(make_rig: MakeRig, path: Path) -> None:
+    """Readers are far ahead all the time; who waits for the first module does not wait for the last."""
+    rig = make_rig(accelerator=Slow)
+    assert isinstance(rig.accelerator, Slow)
+    rig.accelerator.refuses_pinning = True
+    placed.clear()
+    async with rig.loader() as loader:
+        with rig.clock.participate():
+            handle = await loader.start(on_meta(), path)
+            rig.accelerator.progress = lambda: handle.progress
+        await handle.wait()
+    assert len(placed) >= NUM_CHUNKS - 2
+    assert placed[-1] >= (NUM_CHUNKS - 4) * 64 * KIB
+    assert placed == sorted(placed)
 
 
 class Ended:

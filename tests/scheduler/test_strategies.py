@@ -149,6 +149,35 @@ async def test_direct_holds_one_module_that_loads_itself_beside_its_slot(
         assert report.host_peak_bytes == slot_bytes + beside_bytes
 
 
+@pytest.mark.parametrize("order", ["model", "file"])
+@pytest.mark.parametrize("strategy", ["stream", "preload", "direct"])
+async def test_hooks_see_what_is_loaded_before_whatever_the_strategy(
+    make_rig: MakeRig, tmp_path: Path, device: str, strategy: str, order: str
+) -> None:
+    """All that loads nothing itself, wherever the file has it, and the modules with hooks that are registered before."""
+
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Embedding(40_000, 4)
+            self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+            for layer in (self.a, self.b, self.c):
+                cast("Any", layer).register_load_state_dict_post_hook(self._look)
+
+        def _look(self, module: nn.Module, _: object) -> None:
+            seen.append([self.last.weight.sum().item(), self.a.weight.sum().item(), self.c.weight.sum().item()])
+
+    seen: list[list[float]] = []
+    model = Looking()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    tensors = {name: torch.ones_like(tensor) for name, tensor in sorted(model.state_dict().items())}
+    rig, path = make_rig(device), write_in_order(tmp_path, tensors)
+    async with rig.loader(strategy=strategy, workers=8, scheduler={"order": order}) as loader:
+        await loader.load(model, path)
+    assert seen == [[160_000, 16, 0], [160_000, 16, 0], [160_000, 16, 16]]
+
+
 async def test_preload_changes_nothing_before_the_last_byte_is_there(
     rig: Rig, tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:

@@ -17,10 +17,12 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+import weightstream as ws
 from tests.builders import write_in_order
 from tests.fakes.rig import Rig
 from tests.models import SmallNet, tensors_of
-from weightstream.errors import ReadError
+from weightstream.device.config import DeviceConfig
+from weightstream.errors import PlacementError, ReadError
 from weightstream.scheduler import telemetry
 
 
@@ -116,6 +118,18 @@ async def test_failed_load_is_an_error_and_counted_by_its_type(rig: Rig, path: P
     points = host.points()
     assert dict(points["weightstream.load.failures"][1][0].attributes) == {"error.type": "ReadError"}
     assert points["weightstream.read.io"][1][0].value > 0
+
+
+async def test_load_that_fails_in_its_preflight_took_the_time_that_it_took(path: Path, host: Host) -> None:
+    model = torch.nn.Linear(1, 1, device="meta")
+    with pytest.raises(PlacementError):
+        await ws.load(model, path, config=ws.LoaderConfig(device=DeviceConfig(target="cpu")))
+    for name in ("weightstream.load", "weightstream.preflight"):
+        span = host.spans()[name]
+        assert span.start_time is not None
+        assert span.end_time is not None
+        assert span.end_time > span.start_time
+    assert host.points()["weightstream.load.duration"][1][0].sum > 0
 
 
 async def test_broken_telemetry_does_not_break_the_load(
