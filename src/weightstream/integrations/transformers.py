@@ -54,7 +54,7 @@ def from_pretrained(
 
     Everything but reading is transformers' own: the choice of the class, conversions of the checkpoint's names and
     tensors (experts that the model fuses, for one), dtype, ties, computed buffers, what happens to missing tensors,
-    the generation configuration. Logits are the same, bit by bit. What cannot be read this way (quantised models,
+    the generation configuration. The weights are the same, bit by bit. What cannot be read this way (quantised models,
     several devices, `.bin` files) transformers reads itself, after a warning that says why.
 
     Stays offline unless `local_files_only=False` is given: a name on the hub is looked up in the local cache. Runs no
