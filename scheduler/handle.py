@@ -37,6 +37,9 @@ __all__ = [
 
 T = TypeVar("T")
 
+#: What threads of `in_own_thread` are called.
+_CALL = "weightstream-call"
+
 #: Events at most this often: twenty a second is more than anybody can read.
 EVENT_INTERVAL_S = 0.05
 
@@ -120,7 +123,7 @@ def in_own_thread(
             future.set_exception(error)
 
     try:
-        return future, (spawn or SystemClock().spawn)(run, "weightstream-call")
+        return future, (spawn or SystemClock().spawn)(run, _CALL)
     except RuntimeError:  # the operating system has none left
         run()
         return future, _Ended()
@@ -175,8 +178,10 @@ def end_alone(job: Job, engine: Engine) -> None:
         engine.close()
 
     ended, thread = in_own_thread(end)
-    # The garbage collector closes a forgotten iterator on whatever thread it runs, even one that must end first.
-    if not threading.current_thread().name.startswith("weightstream-"):
+    # The garbage collector closes a forgotten iterator on whatever thread it runs, even one that must end first. Those of
+    # `in_own_thread` need not: they are no part of an engine.
+    name = threading.current_thread().name
+    if name == _CALL or not name.startswith("weightstream-"):
         thread.join()
         ended.result()
 
