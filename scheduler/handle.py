@@ -257,6 +257,7 @@ class TensorStream:
     def __init__(self, job: Job, sink: ConsumerSink) -> None:
         self._job = job
         self._sink = sink
+        self._is_waited_for = False
         weakref.finalize(self, _forget, job, sink).atexit = False
 
     @property
@@ -279,8 +280,12 @@ class TensorStream:
 
         Raises:
             WeightstreamError: the load failed.
-            RuntimeError: the process was forked, and this is the child.
+            RuntimeError: another task waits for the next tensor; or the process was forked, and this is the child.
         """
+        if self._is_waited_for:  # the sink tells one waiter, and the other would wait for ever
+            raise RuntimeError(
+                "this stream is iterated by another task already: give each consumer a stream of its own"
+            )
         while True:
             item = self._sink.next_nowait()
             if item is not None:
@@ -289,7 +294,11 @@ class TensorStream:
                 if self._sink.error is not None:
                     raise self._sink.error
                 raise StopAsyncIteration
-            await settle(self._sink.wait())
+            self._is_waited_for = True
+            try:
+                await settle(self._sink.wait())
+            finally:
+                self._is_waited_for = False
 
     async def aclose(self) -> None:
         """Stop reading, and wait until nothing of the load is left, nor of what it has not delivered.

@@ -134,6 +134,23 @@ async def test_cancelled_step_loses_no_tensor(rig: Rig, tmp_path: Path) -> None:
         assert_stream([item async for item in stream], tensors)
 
 
+async def test_second_consumer_is_refused_and_the_first_gets_everything(rig: Rig, tmp_path: Path) -> None:
+    """Only one is told when there is more: the other would wait for ever."""
+    tensors, path = equal(tmp_path)
+    gate = rig.disk.stop_at(0)
+    async with rig.loader(workers=1) as loader, loader.stream(path) as stream:
+
+        async def consume() -> list[tuple[str, torch.Tensor]]:
+            return [item async for item in stream]
+
+        first = asyncio.create_task(consume())
+        await asyncio.sleep(0)  # it waits: nothing has been read
+        with pytest.raises(RuntimeError, match="another task"):
+            await anext(stream)
+        gate.open()
+        assert_stream(await first, tensors)
+
+
 async def test_tensor_larger_than_host_memory_names_what_it_needs(make_rig: MakeRig, tmp_path: Path) -> None:
     tensors = {"small": torch.zeros(8), "large": torch.rand(100 * KIB)}
     path = write_in_order(tmp_path, tensors)
