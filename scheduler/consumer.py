@@ -81,7 +81,7 @@ class ConsumerSink:
         Raises:
             MemoryBudgetError: a block, or with `preload` all of them, is larger than what the budget has left.
         """
-        budget = self._engine.budget
+        budget = self._engine.staging.budget
         layout = prepared.plan.layout
         blocks = layout.blocks[layout.num_given :]
         largest, total = max(blocks, default=0), sum(blocks)
@@ -92,7 +92,7 @@ class ConsumerSink:
         self._is_host = prepared.backends[0].lands
         if self._is_host:
             # Half of what is left, so that another stream finds something too, but all that this one cannot do without.
-            self._engine.make_room(min(total, max(least, budget.limit_bytes // 4)))
+            self._engine.staging.make_room(min(total, max(least, budget.limit_bytes // 4)))
             wished = 0 if strategy == "direct" else budget.left_bytes // 2
             self._window_bytes = min(total, max(least, wished))
             if not budget.take(self._window_bytes):
@@ -238,10 +238,10 @@ class ConsumerSink:
         """Count bytes of blocks that are not delivered; after the load, keep no more of the budget. The lock is held."""
         self._held_bytes += num_bytes
         if self._is_host:
-            self._engine.account.hold(num_bytes)
+            self._engine.staging.account.hold(num_bytes)
         if self._ended:
             kept_bytes = min(self._taken_bytes, self._held_bytes)
-            self._engine.budget.give(self._taken_bytes - kept_bytes)
+            self._engine.staging.budget.give(self._taken_bytes - kept_bytes)
             self._taken_bytes = kept_bytes
 
 

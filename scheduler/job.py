@@ -201,7 +201,7 @@ class Job:
         report: LoadReport | None = None
         error: BaseException | None = None
         try:
-            with self._engine.account.watch() as peak, quick_thread_switches():
+            with self._engine.staging.account.watch() as peak, quick_thread_switches():
                 report = self._load(sink, peak)
         except torch.OutOfMemoryError as exc:
             error = MemoryBudgetError(f"the device has no memory left: {exc}", hint="Free some, or load elsewhere")
@@ -262,14 +262,14 @@ class Job:
             )
             stack.callback(files.close)
             self._check_stop()  # asked before there were files to stop at
-            engine.limit_budget(self.fall_back)
+            engine.staging.limit_budget(self.fall_back)
             checkpoint, source, attempts = files.call(functools.partial(self._open, files, sink.prefetch_config))
             prepared = sink.prepare(checkpoint, source, files)
             self.readiness.expect(prepared.placement.names, prepared.placement.prefixes)
             stack.callback(prepared.placement.release)
             landing = {device for device, backend in enumerate(prepared.backends) if backend.lands}
             if landing:
-                stack.enter_context(engine.borrow(prepared.beside_bytes(landing)))
+                stack.enter_context(engine.staging.borrow(prepared.beside_bytes(landing)))
             if prepared.placement.hooks_may_change_more:
                 self.fall_back(_NOT_ALL_ATOMIC)
             self._total_bytes = prepared.plan.total_bytes

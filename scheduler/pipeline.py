@@ -124,7 +124,7 @@ class Pipeline:
             if found.unknown:
                 fall_back(_RESIDENCY_UNKNOWN)
             passes = files.call(lambda: look_for_passing(checkpoint, plan, found))
-            ring = engine.prepare_memory(
+            ring = engine.staging.prepare(
                 plan,
                 backends,
                 strategy,
@@ -136,7 +136,7 @@ class Pipeline:
                 on_fallback=fall_back,
             )
             if ring is not None:
-                stack.callback(engine.leave_ring, ring)
+                stack.callback(engine.staging.leave_ring, ring)
             tuner = make_tuner(
                 plan,
                 source,
@@ -170,7 +170,9 @@ class Pipeline:
             reading = Reading(source, tuner, found.resident, passes, widen, eviction, paths, config.stall_s)
             if sink.delivers:
                 ledger.delivers()
-            flow = Flow(plan, reading, stage, ring or engine.ring, engine.clock, ledger, sink.admit, verification)
+            flow = Flow(
+                plan, reading, stage, ring or engine.staging.ring, engine.clock, ledger, sink.admit, verification
+            )
             return cls(
                 *(plan, found, tuner, blocks, stage, flow, prefault, verification),
                 *(strategy, ring, engine, files, stack.pop_all(), fall_back),
@@ -229,7 +231,7 @@ class Pipeline:
         held_bytes = ring.statistics().num_bytes
         process = psutil.Process()
         before_bytes = process.memory_info().rss
-        self._engine.leave_ring(ring)  # and nothing once more, when it is closed
+        self._engine.staging.leave_ring(ring)  # and nothing once more, when it is closed
         after_bytes = process.memory_info().rss
         return (
             f"preload: {held_bytes} bytes of slots were freed at the end; the process had {before_bytes} bytes resident"
@@ -278,7 +280,7 @@ class BlockAccount:
 
     def __init__(self, engine: Engine, backend: Backend, *, delivered: bool) -> None:
         self.device_peak_bytes = 0
-        self._account = engine.account if backend.lands and not delivered else None
+        self._account = engine.staging.account if backend.lands and not delivered else None
         self._is_device = not backend.lands and backend.device.type != "meta"
         self._delivered = delivered
         self._held = 0

@@ -157,15 +157,15 @@ async def cancel_many(machine: Machine, device: str, path: Path, choose: random.
                 assert error is None or isinstance(error, TimeoutError), (left, ways, delays_s, error)
             num_cut += any(done)
             await until_back(engine)
-            found = engine.ring.statistics()
+            found = engine.staging.ring.statistics()
             files = len(open_files())
             assert (found.num_free, found.num_written_off, files) == (found.num_slots, 0, begun), (left, ways, delays_s)
         model = on_meta()
         await loader.load(model, path)
         assert_loaded(model)
-        taken = engine.budget.limit_bytes - engine.budget.left_bytes
-        assert taken == engine.account.held_bytes == engine.ring.statistics().num_bytes
-        print(f"{num_cut} of {count} cut off, {engine.ring.statistics().num_recovered} slots came back late")  # noqa: T201
+        taken = engine.staging.budget.limit_bytes - engine.staging.budget.left_bytes
+        assert taken == engine.staging.account.held_bytes == engine.staging.ring.statistics().num_bytes
+        print(f"{num_cut} of {count} cut off, {engine.staging.ring.statistics().num_recovered} slots came back late")  # noqa: T201
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 

@@ -20,7 +20,7 @@ from tests.models import SmallNet, tensors_of
 from weightstream.errors import CheckpointError, MemoryBudgetError
 from weightstream.prefetch import ring as ring_module
 from weightstream.prefetch.ring import slot_bytes_for
-from weightstream.scheduler import engine
+from weightstream.scheduler import staging
 
 MakeRig = Callable[..., Rig]
 
@@ -77,8 +77,8 @@ async def test_ring_is_as_small_as_what_can_be_locked_or_else_pageable(
             assert (rig.ring.num_slots, rig.ring.num_free) == (num_slots, num_slots)
             assert rig.ring.num_bytes == num_slots * SLOT_BYTES
         assert loader._engine is not None
-        assert loader._engine.budget.left_bytes == (6 - num_slots) * SLOT_BYTES
-        assert loader._engine.account.held_bytes == num_slots * SLOT_BYTES
+        assert loader._engine.staging.budget.left_bytes == (6 - num_slots) * SLOT_BYTES
+        assert loader._engine.staging.account.held_bytes == num_slots * SLOT_BYTES
     assert rig.accelerator.num_pins == rig.accelerator.num_unpins == most
 
 
@@ -86,7 +86,7 @@ async def test_ring_is_as_small_as_what_can_be_locked_or_else_pageable(
 async def test_host_memory_that_is_not_to_be_had_is_not_taken(
     make_rig: MakeRig, path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "available_bytes", lambda: 4 * 2**20)
+    monkeypatch.setattr(staging, "available_bytes", lambda: 4 * 2**20)
     rig = make_rig("fake" if how == "model" else "host")
     async with rig.loader() as loader:  # host_memory: 1 GiB
         if how == "model":
@@ -104,7 +104,7 @@ async def test_host_memory_that_is_not_to_be_had_is_not_taken(
 async def test_ranks_of_one_host_take_a_share_each(
     make_rig: MakeRig, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "available_bytes", lambda: 4 * 2**20)
+    monkeypatch.setattr(staging, "available_bytes", lambda: 4 * 2**20)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     async with make_rig("fake").loader() as loader:
         report = await loader.load(on_meta(), path)
@@ -117,7 +117,7 @@ async def test_ranks_whose_weights_may_not_all_fit_are_told_and_not_refused(
     make_rig: MakeRig, path: Path, monkeypatch: pytest.MonkeyPatch, num_ranks: int
 ) -> None:
     """They may not load at the same time, and those that have loaded have taken their part of what is free."""
-    monkeypatch.setattr(engine, "available_bytes", lambda: 4 * 2**20)
+    monkeypatch.setattr(staging, "available_bytes", lambda: 4 * 2**20)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_ranks))
     async with make_rig("host").loader() as loader:
         report = await loader.load(on_meta(), path)
@@ -133,7 +133,7 @@ async def test_less_than_a_slot_of_the_ring_may_be_enough_for_auto(
     model = nn.Module()
     for name, tensor in tensors.items():
         model.register_buffer(name, torch.empty_like(tensor, device="meta"))
-    monkeypatch.setattr(engine, "available_bytes", lambda: 70 * KIB)
+    monkeypatch.setattr(staging, "available_bytes", lambda: 70 * KIB)
     async with make_rig("fake").loader() as loader:
         report = await loader.load(model, write_in_order(tmp_path / "small", tensors))
     assert report.strategy == "direct"
@@ -144,7 +144,7 @@ async def test_less_than_a_slot_of_the_ring_may_be_enough_for_auto(
 async def test_less_than_a_slot_is_an_error_before_anything_moves(
     make_rig: MakeRig, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "available_bytes", lambda: 70 * KIB)
+    monkeypatch.setattr(staging, "available_bytes", lambda: 70 * KIB)
     rig = make_rig("fake")
     async with rig.loader(strategy="stream") as loader:
         with pytest.raises(MemoryBudgetError, match="no slot of the ring fits"):
@@ -155,7 +155,7 @@ async def test_less_than_a_slot_is_an_error_before_anything_moves(
 async def test_device_memory_is_compared_before_anything_moves(
     make_rig: MakeRig, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(staging, "free_bytes", lambda device: 1000)
     rig = make_rig("fake")
     rig.accelerator.device = torch.device("cuda", 0)  # the fake's tensors are on the CPU all the same
     async with rig.loader() as loader:

@@ -16,7 +16,7 @@ from tests.fakes.rig import KIB, Rig
 from tests.models import SmallNet, tensors_of
 from weightstream.device.binding import Binder
 from weightstream.errors import IntegrityError, LoadCancelledError, MemoryBudgetError, PlacementError, ReadError
-from weightstream.scheduler import engine
+from weightstream.scheduler import staging
 
 MakeRig = Callable[..., Rig]
 Saved = tuple[dict[str, torch.Tensor], Path]
@@ -268,7 +268,7 @@ async def test_memory_is_checked_before_anything_moves(
         with pytest.raises(MemoryBudgetError, match="host_memory") as caught:
             await loader.start(model, path)
         assert caught.value.expected == f"{size} bytes"
-    monkeypatch.setattr(engine, "available_bytes", lambda: size - 1)
+    monkeypatch.setattr(staging, "available_bytes", lambda: size - 1)
     async with rig.loader(commit="atomic") as loader:
         with pytest.raises(MemoryBudgetError, match="do not fit into"):
             await loader.start(model, path)

@@ -80,7 +80,7 @@ async def test_copies_that_cannot_be_submitted_cost_no_slot(path: Path) -> None:
                 await loader.load(model, path)
             assert all(parameter.is_meta for parameter in model.values())
         assert loader._engine is not None
-        found = loader._engine.ring.statistics()
+        found = loader._engine.staging.ring.statistics()
         assert found.num_free == found.num_slots
         await loader.load(model, path)
     assert not device.hazards
@@ -112,7 +112,7 @@ async def test_thread_that_cannot_be_had_ends_the_load_and_no_more(path: Path, n
             await loader.load(model, path)
         assert all(parameter.is_meta for parameter in model.values())
         assert loader._engine is not None
-        found = loader._engine.ring.statistics()
+        found = loader._engine.staging.ring.statistics()
         assert found.num_free == found.num_slots
         clock.name = None
         await loader.load(model, path)
@@ -197,8 +197,8 @@ class TestLogThatCannotBeWritten:
                 assert any("page-locking" in one for one in report.fallbacks)
             engine = loader._engine
             assert engine is not None
-            engine.make_room(engine.budget.limit_bytes)
-            assert engine.ring.statistics().num_slots == 0  # nobody is said to use it any more
+            engine.staging.make_room(engine.staging.budget.limit_bytes)
+            assert engine.staging.ring.statistics().num_slots == 0  # nobody is said to use it any more
         device.close()
 
     @pytest.mark.parametrize("is_cached", [True, False], ids=["into parameters", "into slots"])
@@ -311,7 +311,7 @@ async def test_ring_of_a_load_that_has_ended_makes_room_for_a_stream(path: Path)
         model = model_of(path, device="cpu").double()  # a cast takes slots
         await loader.load(model, path)
         assert loader._engine is not None
-        assert loader._engine.ring.statistics().num_slots > 0
+        assert loader._engine.staging.ring.statistics().num_slots > 0
         assert await count(loader, path) == 8
 
 
@@ -330,7 +330,7 @@ async def test_stream_that_is_forgotten_gives_its_budget_back(path: Path) -> Non
         gc.collect()
         assert loader._engine is not None
         with anyio.fail_after(30):
-            while loader._engine.budget.left_bytes < 8 * MIB:  # noqa: ASYNC110 (nothing tells when)
+            while loader._engine.staging.budget.left_bytes < 8 * MIB:  # noqa: ASYNC110 (nothing tells when)
                 await asyncio.sleep(0.001)
 
 
@@ -341,8 +341,11 @@ async def test_tensors_that_have_not_been_delivered_count_after_the_load_too(pat
 
         def counted() -> tuple[int, int]:
             """In the account, and of the budget; without the ring."""
-            ring_bytes = engine.ring.statistics().num_bytes
-            return engine.account.held_bytes - ring_bytes, 64 * MIB - engine.budget.left_bytes - ring_bytes
+            ring_bytes = engine.staging.ring.statistics().num_bytes
+            return (
+                engine.staging.account.held_bytes - ring_bytes,
+                64 * MIB - engine.staging.budget.left_bytes - ring_bytes,
+            )
 
         async with loader.stream(path) as stream:
             report = await stream.report()

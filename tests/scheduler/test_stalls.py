@@ -196,11 +196,19 @@ class TestReadThatIsSlow:
                 assert engine is not None
                 await handle.cancel()
                 assert rig.ring.num_slots == 0
-                assert engine.account.held_bytes == engine.budget.limit_bytes - engine.budget.left_bytes > 0
+                assert (
+                    engine.staging.account.held_bytes
+                    == engine.staging.budget.limit_bytes - engine.staging.budget.left_bytes
+                    > 0
+                )
                 rig.disk.closed.clear()
                 gate.open()
                 assert rig.disk.closed.wait(30)
-                assert engine.account.held_bytes == engine.budget.limit_bytes - engine.budget.left_bytes == 0
+                assert (
+                    engine.staging.account.held_bytes
+                    == engine.staging.budget.limit_bytes - engine.staging.budget.left_bytes
+                    == 0
+                )
 
     async def test_block_it_reads_into_lives_until_then(self, make_rig: MakeRig, path: Path) -> None:
         """Into host memory that an adopted parameter was to take, and never did."""

@@ -22,7 +22,7 @@ import weightstream as ws
 from tests.builders import assert_same, write_in_order
 from tests.fakes.rig import KIB, Rig
 from weightstream.prefetch.filesystem import FileSystem
-from weightstream.scheduler import engine, survey
+from weightstream.scheduler import staging, survey
 from weightstream.scheduler.strategy import Situation, decide
 
 MakeRig = Callable[..., Rig]
@@ -228,7 +228,7 @@ def model_for(tensors: dict[str, torch.Tensor], device: str = "meta") -> nn.Modu
 def set_up(monkeypatch: pytest.MonkeyPatch, *, system: FileSystem = EXT4, free: int = 2**40, ranks: int = 1) -> None:
     """Put a load into another situation than that of the machine that runs the test."""
     monkeypatch.setattr(survey, "file_system_of", lambda _: system)
-    for module in (survey, engine):
+    for module in (survey, staging):
         monkeypatch.setattr(module, "available_bytes", lambda: free)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
 

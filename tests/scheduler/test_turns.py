@@ -17,7 +17,7 @@ from tests.fakes.rig import KIB, Rig
 from tests.models import tensors_of
 from weightstream.device.layout import padded
 from weightstream.device.turns import Turn, Turns
-from weightstream.scheduler import engine
+from weightstream.scheduler import staging
 from weightstream.scheduler.turns import TurnByTurn
 
 MakeRig = Callable[..., Rig]
@@ -258,7 +258,7 @@ async def test_memory_that_is_free_has_to_hold_one_module_and_a_slot(
     enough = 64 * KIB + sum(tensors[f"4.{key}"].nbytes for key in ("weight", "bias"))
     free_bytes = enough * 8 // 7 + KIB  # of which host_memory gets seven eighths
     assert free_bytes < sum(tensor.nbytes for name, tensor in tensors.items() if name[0] != "5")
-    monkeypatch.setattr(engine, "available_bytes", lambda: free_bytes)
+    monkeypatch.setattr(staging, "available_bytes", lambda: free_bytes)
     async with rig.loader(strategy="direct") as loader:
         report = await loader.load(model, path)
     assert_loaded(model, tensors)
