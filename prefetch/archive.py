@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from weightstream.errors import HeaderError, UnsupportedFormatError
-from weightstream.prefetch.header import read_exactly
+from weightstream.prefetch.opening import read_exactly
 
 __all__ = ["MAX_DIRECTORY_BYTES", "Archive", "Record"]
 

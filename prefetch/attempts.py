@@ -11,7 +11,7 @@ from typing import TypeVar
 from weightstream.errors import ReadError
 from weightstream.ranks import ranked_logger
 
-__all__ = ["ONCE", "Attempts", "sleeping"]
+__all__ = ["ONCE", "Attempts", "refused", "sleeping", "tried"]
 
 logger = ranked_logger(__name__)
 
@@ -23,6 +23,20 @@ _TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT})
 #: `prefetch.retries: 100` from meaning years. Neither is measured.
 _FIRST_PAUSE_S = 0.04
 _LONGEST_PAUSE_S = 2.0
+
+
+def refused(
+    what: str, error: OSError, *, file: object, offset: int | None = None, hint: str | None = None
+) -> ReadError:
+    """Return the error for what the operating system refused to do with a file: `what`, at `offset` if it was a read."""
+    where = "" if offset is None else f" at offset {offset}"
+    return ReadError(f"cannot {what}{where}: {error.strerror} (errno {error.errno})", file=file, hint=hint)
+
+
+def tried(error: ReadError, num_retries: int) -> ReadError:
+    """Have an error that is final say how often it was tried again."""
+    error.what += f", after {num_retries} retries"
+    return error
 
 
 class Attempts:
@@ -58,7 +72,7 @@ class Attempts:
         return self._pause(pause_s * random.uniform(0.5, 1.5))  # noqa: S311 (jitter, not a secret)
 
     def call(self, action: Callable[[], T], file: object) -> T:
-        """Call what looks at a file and raises ReadError `from` the OSError that it met; return its result.
+        """Call what looks at a file and raises ReadError `from` the OSError that it met (see `refused`); return its result.
 
         It starts from the beginning each time, so a descriptor that has become stale is opened anew.
         """
@@ -68,8 +82,10 @@ class Attempts:
             try:
                 return action()
             except ReadError as error:
-                if not isinstance(error.__cause__, OSError) or not self.once_more(error.__cause__, number, file):
+                if not isinstance(error.__cause__, OSError):
                     raise
+                if not self.once_more(error.__cause__, number, file):
+                    raise tried(error, number)  # noqa: B904 (it has its cause)
             number += 1
 
 

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from weightstream.errors import CheckpointError, IntegrityError, ReadError
-from weightstream.prefetch.attempts import ONCE, Attempts
+from weightstream.prefetch.attempts import ONCE, Attempts, refused
 from weightstream.prefetch.extras import ExtraState
 from weightstream.prefetch.finding import find_checkpoint, refuse_rivals
 from weightstream.prefetch.hashing import FileHash
@@ -212,7 +212,7 @@ def _read_index(path: Path, resolved: Path) -> tuple[dict[str, str], tuple[int, 
     try:
         identity = identity_of(os.stat(resolved))
     except OSError as exc:
-        raise ReadError(f"cannot read the index: {exc.strerror}", file=path, actual=f"errno {exc.errno}") from exc
+        raise refused("look at the index", exc, file=path) from exc
     return read_index(path, resolved), identity
 
 

@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from weightstream.errors import CheckpointError, IntegrityError, ReadError, shown
-from weightstream.prefetch.attempts import ONCE, Attempts
+from weightstream.errors import CheckpointError, IntegrityError, shown
+from weightstream.prefetch.attempts import ONCE, Attempts, refused
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.opening import Shard, read_whole, resolve
 
@@ -155,9 +155,7 @@ def _manifests(folder: Path) -> list[str]:
     try:
         names = os.listdir(folder)
     except OSError as exc:
-        raise ReadError(
-            f"cannot look for a manifest: {exc.strerror}", file=folder, actual=f"errno {exc.errno}"
-        ) from exc
+        raise refused("look for a manifest", exc, file=folder) from exc
     others = sorted(name for name in names if name.endswith(".sha256"))
     return [MANIFEST_NAME, *others] if MANIFEST_NAME in names else others
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from weightstream.errors import CheckpointError, ReadError, UnsupportedFormatError, some
+from weightstream.errors import CheckpointError, UnsupportedFormatError, some
+from weightstream.prefetch.attempts import refused
 
 __all__ = ["Found", "find_checkpoint", "is_repository", "refuse_rivals"]
 
@@ -108,7 +109,7 @@ def _look(path: Path) -> list[str] | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a path with a NUL
         return None
     except OSError as exc:
-        raise ReadError(f"cannot look for it: {exc.strerror}", file=path, actual=f"errno {exc.errno}") from exc
+        raise refused("look for it", exc, file=path) from exc
 
 
 def _find_in_cache(given: str) -> Path:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import msgspec
 
-from weightstream.errors import HeaderError, ReadError, UnsupportedFormatError
+from weightstream.errors import HeaderError, UnsupportedFormatError
 from weightstream.interpreter import no_garbage_collection
+from weightstream.prefetch.opening import read_exactly
 
 __all__ = [
     "DTYPE_BITS",
@@ -29,7 +29,6 @@ __all__ = [
     "one_line",
     "parse_header",
     "parse_string_mapping",
-    "read_exactly",
     "read_header",
     "refuse_doubles",
 ]
@@ -376,23 +375,3 @@ def _check_tiling(specs: list[TensorSpec], data_begin: int, file: str) -> None:
                 actual=f"offset {spec.begin - data_begin}",
             )
         position = spec.end
-
-
-def read_exactly(fd: int, count: int, offset: int, file: str) -> bytes:
-    """Read what a file says about itself.
-
-    Raises:
-        ReadError: the operating system refused, or the file ends too early.
-    """
-    parts: list[bytes] = []
-    while count:
-        try:
-            part = os.pread(fd, count, offset)
-        except OSError as exc:
-            raise ReadError(f"cannot read the header: {exc.strerror}", file=file, actual=f"errno {exc.errno}") from exc
-        if not part:
-            raise ReadError("the file ended while its header was being read", file=file, expected=f"{count} more bytes")
-        parts.append(part)
-        count -= len(part)
-        offset += len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightstream.errors import CheckpointError, IntegrityError, MissingShardError, ReadError
+from weightstream.prefetch.attempts import refused
 from weightstream.prefetch.hub import blob_name, is_blob
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "is_out_of_files",
     "open_regular",
     "open_shard",
+    "read_exactly",
     "read_whole",
     "resolve",
 ]
@@ -124,9 +126,7 @@ def open_regular(path: Path, resolved: Path) -> tuple[int, os.stat_result]:
         raise
     except OSError as exc:
         hint = files_hint() if is_out_of_files(exc) else None
-        raise ReadError(
-            f"cannot open the file: {exc.strerror}", file=path, actual=f"errno {exc.errno}", hint=hint
-        ) from exc
+        raise refused("open the file", exc, file=path, hint=hint) from exc
     if identity_of(opened) != identity_of(before):
         os.close(fd)
         raise IntegrityError("the file was replaced while it was being opened", file=path)
@@ -149,11 +149,11 @@ def read_whole(path: Path, resolved: Path, *, what: str, most_bytes: int) -> byt
 
     Raises:
         CheckpointError: it has more than `most_bytes`, or is no regular file.
-        ReadError: the operating system refused to open or read it.
+        ReadError: the operating system refused to open or read it, or it was cut off meanwhile.
     """
     try:
         fd, opened = open_regular(path, resolved)
-        with os.fdopen(fd, "rb") as file:
+        with os.fdopen(fd, "rb"):
             if opened.st_size > most_bytes:
                 raise CheckpointError(
                     f"the {what} is too long",
@@ -161,9 +161,31 @@ def read_whole(path: Path, resolved: Path, *, what: str, most_bytes: int) -> byt
                     expected=f"at most {most_bytes} bytes",
                     actual=f"{opened.st_size} bytes",
                 )
-            return file.read(opened.st_size)
+            return read_exactly(fd, opened.st_size, 0, str(path), what=what)
     except OSError as exc:
-        raise ReadError(f"cannot read the {what}: {exc.strerror}", file=path, actual=f"errno {exc.errno}") from exc
+        raise refused(f"open the {what}", exc, file=path) from exc
+
+
+def read_exactly(fd: int, count: int, offset: int, file: str, *, what: str = "header") -> bytes:
+    """Read what a file says about itself, or about a checkpoint; `what` it is, for messages.
+
+    Raises:
+        ReadError: the operating system refused, or the file ends too early.
+    """
+    parts: list[bytes] = []
+    while count:
+        try:
+            part = os.pread(fd, count, offset)
+        except OSError as exc:
+            raise refused(f"read the {what}", exc, file=file, offset=offset) from exc
+        if not part:
+            raise ReadError(
+                f"the file ended while the {what} was being read", file=file, expected=f"{count} more bytes"
+            )
+        parts.append(part)
+        count -= len(part)
+        offset += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def identity_of(found: os.stat_result) -> tuple[int, int, int, int]:

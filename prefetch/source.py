@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from weightstream.errors import ReadError
-from weightstream.prefetch.attempts import Attempts
+from weightstream.prefetch.attempts import Attempts, refused, tried
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.config import PrefetchConfig
 from weightstream.prefetch.memory import PAGE_BYTES
@@ -174,11 +174,8 @@ class FileSource:
                 if exc.errno == errno.EINVAL and fd != self._shards[shard].fd:
                     raise
                 if not self._attempts.once_more(exc, number, self._name(shard)):
-                    raise ReadError(
-                        f"cannot read: {exc.strerror} (errno {exc.errno})",
-                        file=self._name(shard),
-                        actual=f"offset {position}, after {number} retries",
-                    ) from exc
+                    error = refused("read", exc, file=self._name(shard), offset=position)
+                    raise tried(error, number) from exc
             number += 1
 
     def _open_direct(self) -> None:

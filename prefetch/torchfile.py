@@ -13,7 +13,8 @@ from typing import NoReturn, cast
 from weightstream.errors import HeaderError, UnsupportedFormatError, some
 from weightstream.prefetch.archive import Archive
 from weightstream.prefetch.extras import ExtraState, ExtraTensor, is_extra_state, take_extra_states
-from weightstream.prefetch.header import DTYPE_BITS, TensorSpec, read_exactly
+from weightstream.prefetch.header import DTYPE_BITS, TensorSpec
+from weightstream.prefetch.opening import read_exactly
 from weightstream.prefetch.pickles import (
     MAX_OPCODES,
     MAX_PICKLE_BYTES,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import hashlib
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Literal
@@ -13,13 +14,14 @@ import torch
 from torch import nn
 
 import weightstream as ws
-from tests.builders import SINGLE, assert_same, leaves_nothing, random_tensors, write_checkpoint
+from tests.builders import INDEX, SINGLE, assert_same, leaves_nothing, random_tensors, write_checkpoint
 from tests.fakes.accelerator import FakeAccelerator
 from tests.fakes.filesystem import Behaviour, Fault, mounted
 from tests.fakes.fixtures import requires_fuse
 from tests.fakes.ring import PoisonedRing
 from weightstream.api import Loader
 from weightstream.errors import IntegrityError, LoadTimeoutError, ReadError
+from weightstream.prefetch.digests import MANIFEST_NAME, write_manifest
 from weightstream.scheduler.machine import Machine, open_backend
 
 pytestmark = requires_fuse
@@ -193,3 +195,24 @@ def test_fault_in_a_stream_reaches_its_consumer(
         mount.release()
     for name, tensor in found.items():  # what was handed out was right
         assert_same(tensor, TENSORS[name])
+
+
+@pytest.mark.parametrize("name", [SINGLE, INDEX, MANIFEST_NAME], ids=["header", "index", "manifest"])
+@pytest.mark.parametrize("times", [1, None], ids=["once", "for ever"])
+def test_error_in_what_describes_the_bytes_is_like_one_in_them(tmp_path: Path, name: str, times: int | None) -> None:
+    folder = write_checkpoint(tmp_path / "c", {"a": torch.ones(2, 2)}, num_shards=2 if name == INDEX else 1)
+    shards = [path.name for path in folder.glob("*.safetensors")]
+    write_manifest(folder, [(shard, hashlib.sha256((folder / shard).read_bytes()).hexdigest()) for shard in shards])
+    prefetch = {"retries": RETRIES, "verify": "sha256"}
+    config = ws.LoaderConfig.model_validate({"prefetch": prefetch, "device": {"target": "cpu"}})
+    fault = Fault(name, "error", offset=0, times=times)
+    with mounted(folder, Behaviour(faults=(fault,), is_cached=False)) as mount, leaves_nothing():
+        model = nn.ParameterDict({"a": nn.Parameter(torch.empty(2, 2, device="meta"))})
+        if times is not None:
+            assert ws.load_sync(model, mount.path, config=config).num_retries == 1
+            return
+        with pytest.raises(ReadError) as caught:
+            ws.load_sync(model, mount.path, config=config)
+        assert caught.value.file == str(mount.path / name)
+        assert str(caught.value).endswith(f"at offset 0: Input/output error (errno 5), after {RETRIES} retries")
+        assert model["a"].is_meta
