@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -76,8 +77,11 @@ class ReaderPool:
         self._queues: list[ReadQueue] = []
         self._turn = 0
         self._closed = False
-        self._threads: list[Thread] = []
+        self._threads: dict[int, Thread] = {}
         self._num_started = 0
+        #: The numbers of threads that are in a read, and how many of these hang there.
+        self._reading: set[int] = set()
+        self._num_stuck = 0
         #: Threads that are too many, because one came back that had been replaced.
         self._num_surplus = 0
 
@@ -125,23 +129,28 @@ class ReaderPool:
     def replace_stuck(self, num_threads: int) -> None:
         """Start threads in place of ones that hang in the kernel. Should one return, see `come_back`."""
         with self._condition:
+            self._num_stuck += num_threads
             self.num_workers -= num_threads
             self._widen(self.num_workers + num_threads)
 
     def come_back(self) -> None:
         """Say, on its thread, that a read has returned which was, or is about to be, replaced: one thread is too many."""
         with self._condition:
+            self._num_stuck -= 1
             self._num_surplus += 1
             self._condition.notify_all()
 
     def close(self, timeout_s: float) -> None:
-        """End all threads that are not stuck, and wait for them at most `timeout_s` seconds in all."""
+        """End all threads, and wait `timeout_s` seconds at most for each to do so, but not for those that are stuck."""
         with self._condition:
             self._closed = True
             self._queues.clear()
             self._condition.notify_all()
+            while len(self._reading) > self._num_stuck and self._condition.wait(timeout_s):
+                pass
+            ending = [thread for number, thread in self._threads.items() if number not in self._reading]
         deadline = time.monotonic() + timeout_s
-        for thread in self._threads:
+        for thread in ending:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _start(self) -> None:
@@ -157,13 +166,17 @@ class ReaderPool:
                 self.num_workers += 1
 
     def _add_thread(self) -> None:
-        self._threads = [thread for thread in self._threads if thread.is_alive()]
-        self._threads.append(self._spawn(self._run, f"weightstream-reader-{self._num_started}"))
+        number = self._num_started
+        self._threads = {other: thread for other, thread in self._threads.items() if thread.is_alive()}
+        self._threads[number] = self._spawn(functools.partial(self._run, number), f"weightstream-reader-{number}")
         self._num_started += 1
 
-    def _run(self) -> None:
+    def _run(self, number: int) -> None:
         while True:
             with self._condition:
+                self._reading.discard(number)
+                if self._closed:
+                    self._condition.notify_all()
                 while (read := None if self._num_surplus else self._take()) is None:
                     if self._closed:
                         return
@@ -172,6 +185,7 @@ class ReaderPool:
                         self._condition.notify()  # whoever woke this one meant one that reads
                         return
                     self._condition.wait()
+                self._reading.add(number)
             read()
             del read  # it holds buffers that must not outlive the load
 

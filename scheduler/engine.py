@@ -16,6 +16,7 @@ import torch
 
 from weightstream.device.backend import Backend
 from weightstream.device.devicemap import DeviceMap
+from weightstream.errors import LoadTimeoutError
 from weightstream.prefetch.mapping import Prefault
 from weightstream.prefetch.memory import usable_cores
 from weightstream.prefetch.readers import ReaderPool
@@ -150,8 +151,9 @@ class Engine:
         """End the threads and give the memory back. Every load must have ended. In a forked child, do nothing.
 
         Reads that were given up are waited for a while, because most of them are slow and not stuck, except where
-        the program is interrupted: what ends it with KeyboardInterrupt, a cancellation or the like is in haste. Those
-        that have not returned then keep their thread, their files and their memory until they do.
+        the program is interrupted: what ends it with KeyboardInterrupt, a cancellation or the like is in haste; and except
+        where a LoadTimeoutError leaves the context: they have been waited for. Those that have not returned then keep
+        their thread, their files and their memory until they do.
 
         Args:
             ended_by: the exception that leaves the context; None: there is none.
@@ -170,8 +172,8 @@ class Engine:
         return self._is_closed or self.is_foreign
 
     def hurry(self, ended_by: type[BaseException] | None) -> None:
-        """Wait for no stragglers in `close` if this ends the program, as KeyboardInterrupt and cancellations do."""
-        if ended_by is not None and not issubclass(ended_by, Exception):
+        """Wait for no stragglers in `close` if this ends the program, as KeyboardInterrupt does, or says that time is up."""
+        if ended_by is not None and (not issubclass(ended_by, Exception) or issubclass(ended_by, LoadTimeoutError)):
             self.stragglers.hurry()
 
     def _close(self) -> None:

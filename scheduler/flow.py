@@ -225,7 +225,8 @@ class Flow:
         """Wait until no reader and no copy of this load is at work, and give back every slot it still has.
 
         A read that has not returned after `grace_s` seconds is slow or hangs in the kernel: what it may write to is its own
-        from then on, and goes back when it returns (see `Filling.give_up`). Copies are waited for as long as they take: their
+        from then on, and goes back when it returns (see `Filling.give_up`). Where the load's time is up, it is given up
+        as soon as it is that old, which one that hangs mostly is by then. Copies are waited for as long as they take: their
         source and destination must not be reused. The same holds for reads that write to parameters themselves, which are
         of what is in the page cache: only after `prefetch.stall_s` they are given up, too.
 
@@ -239,7 +240,9 @@ class Flow:
         course, hashing = self._course, self._hashing
         until = course.clock.now() + grace_s
         with course.condition:
-            while (self.filling.reads or (hashing and hashing.num_busy)) and (left := until - course.clock.now()) > 0:
+            while self.filling.reads and (left := self._left_to_read_s(until, grace_s)) > 0:
+                course.condition.wait(left)
+            while hashing and hashing.num_busy and (left := until - course.clock.now()) > 0:
                 course.condition.wait(left)
             if hashing and hashing.num_busy:  # a page of a mapped file may never come
                 hashing = None
@@ -260,6 +263,12 @@ class Flow:
             hashing.join()
         self._copying.join()
         return given_up.num_reads
+
+    def _left_to_read_s(self, until: float, grace_s: float) -> float:
+        """Return how long reads are still waited for. The lock is held."""
+        if isinstance(self._course.error, LoadTimeoutError):
+            until = max(read.began_s for read in self.filling.reads.values()) + grace_s
+        return until - self._course.clock.now()
 
     def _left_to_write_s(self) -> float:
         """Return how long reads that write to parameters are still waited for. The lock is held."""

@@ -177,7 +177,7 @@ def test_file_that_cannot_be_read(weightstream: Run, folder: Path, monkeypatch: 
     result = weightstream("verify", folder)
     assert not any(".safetensors" in file for file in open_files().values())
     assert (result.code, result.out) == (1, "")
-    assert "cannot read: Input/output error" in result.err
+    assert "cannot read at offset 136: Input/output error (errno 5), after 0 retries" in result.err
 
 
 def test_thread_that_ends_early_does_not_make_a_digest(
