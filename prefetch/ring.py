@@ -128,6 +128,12 @@ class Ring:
         with self._lock:
             return self._free.pop() if self._free else None
 
+    @property
+    def has_free(self) -> bool:
+        """Whether `acquire_nowait` would return one now."""
+        with self._lock:
+            return bool(self._free)
+
     def release(self, *slots: Slot) -> None:
         """Give slots back. Only their holder may, and only when nothing reads or writes their memory any more."""
         with self._lock:

@@ -56,6 +56,8 @@ class Filling:
     Attributes:
         reads: those in progress, in the order in which they began.
         num_copies: how many parts of chunks readers have copied from slots.
+        cached_read_s: seconds that readers spent on what was in the page cache, added up.
+        storage_read_s: seconds that they spent on the rest.
     """
 
     def __init__(
@@ -73,6 +75,8 @@ class Filling:
         #: To what readers are writing that is memory of the model's, or that they copy to from a slot.
         self._writes: dict[object, list[memoryview]] = {}
         self.num_copies = 0
+        self.cached_read_s = 0.0
+        self.storage_read_s = 0.0
         self._course = course
         self._plan = plan
         self._source, self._tuner = reading.source, reading.tuner
@@ -129,7 +133,7 @@ class Filling:
             read = object()
             part = ByteRange(fill.chunk.source.shard, begin, end)
             self.reads[read] = Read(part.shard, begin, course.clock.now())
-            course.ledger.change(reading=1)
+            course.ledger.change(reading=1, starved=self._are_others_starved())
             number = self._tuner.begin() if fill.tuned else None
         return lambda: self._read(read, fill, part, number)
 
@@ -175,6 +179,16 @@ class Filling:
         ledger.change(reading=-ledger.reading, landing=-ledger.landing)
         return found
 
+    def _are_others_starved(self) -> bool:
+        """Say whether readers that found no slot still have nothing to do, now that one of them has."""
+        return (
+            self._course.ledger.starved
+            and len(self.reads) < self._tuner.setting.workers
+            and not self.has_part
+            and self._next < len(self._plan.chunks)
+            and not self._ring.has_free
+        )
+
     def _open_next(self) -> Fill | None:
         if self._next == len(self._plan.chunks):
             return None
@@ -190,6 +204,8 @@ class Filling:
             if slot is None:
                 if self._waits_since_s is None:
                     self._waits_since_s = self._course.clock.now()
+                if not self._course.ledger.starved:
+                    self._course.ledger.change(starved=True)
                 return None
         self._waits_since_s = None
         self._next += 1
@@ -296,6 +312,11 @@ class Filling:
         if course.recorder is not None:
             course.recorder.read(fill.chunk, began_s, ended_s if copy_s is None else copy_s, ended_s, num_bytes)
         with course.condition:
+            read_s = (ended_s if copy_s is None else copy_s) - began_s
+            if fill.tuned:
+                self.storage_read_s += read_s
+            else:
+                self.cached_read_s += read_s
             fill.left_bytes -= num_bytes
             slot = fill.slot if fill.bounces and not fill.left_bytes and not fill.given_up else None
             if slot is not None:

@@ -100,7 +100,6 @@ class Flow:
     def given(self, num_bytes: int) -> None:
         """Note that tensors have been placed which are views of mapped files, and are not read."""
         with self._course.condition:
-            self._course.bytes_read += num_bytes
             self.bytes_placed += num_bytes
 
     def wait_until_read(self, deadline: float | None, timeout_s: float | None) -> None:

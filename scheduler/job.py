@@ -102,7 +102,7 @@ class Job:
         self._files: Files | None = None
         self._flow: Flow | None = None
         self._last_counts = (0, 0)
-        self._total_bytes = 0
+        self._total_bytes = self._mapped_bytes = 0
         self._fallbacks: list[str] = []
         self._num_retries = 0
         self._stop: BaseException | None = None
@@ -177,6 +177,7 @@ class Job:
             self.readiness.num_names,
             elapsed_s,
             self.readiness.last_module,
+            self._mapped_bytes,
         )
 
     def fall_back(self, sentence: str) -> None:
@@ -272,7 +273,7 @@ class Job:
                 stack.enter_context(engine.staging.borrow(prepared.beside_bytes(landing)))
             if prepared.placement.hooks_may_change_more:
                 self.fall_back(_NOT_ALL_ATOMIC)
-            self._total_bytes = prepared.plan.total_bytes
+            self._total_bytes, self._mapped_bytes = prepared.plan.total_bytes, prepared.plan.given_bytes
             if self._ledger.recorder is not None:
                 device, names = device_names(prepared.backends), [shard.path.name for shard in checkpoint.shards]
                 self._ledger.recorder.describe(str(checkpoint.path), device, names)

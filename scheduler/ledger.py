@@ -17,15 +17,19 @@ __all__ = ["Ledger", "Section"]
 #: `preload` alone), between first read and last copy, placing what is left, or none of these.
 Section = Literal["preflight", "disk", "pipeline", "bind", "other"]
 
+#: So many chunks for each read in progress may wait for copies because reads end in bursts: twice as many, a choice.
+_FEW = 2
+
 
 class Ledger:
     """Counts who is busy and books the time between two changes. Guarded by its user's lock.
 
-    In the pipeline the rule is: where a filled chunk waits for the device stage, the copy is what holds the load up;
-    where none waits, the disk is; where nothing is being read, it is the copies, and then the binding, that are left. Of
-    the chunks whose copies have been submitted only the first is being copied: the others wait behind it. Readers that
-    copy what they have read (`landing`) do so side by side: nothing waits behind them, and they read nothing meanwhile. A
-    load that verifies what it reads waits for that where chunks that were read wait while others are hashed. Where tensors
+    In the pipeline the rule is: where filled chunks wait for the device stage, and readers for a slot that these have, or
+    more of them wait than can be about to come, the copies are what holds the load up; where readers have all that they
+    need, the disk is, although a chunk or two wait, as they do where several come at once; where nothing is being read, it
+    is the copies, and then the binding, that are left. Of the chunks whose copies have been submitted only the first is
+    being copied: the others wait behind it. Readers that copy what they have read (`landing`) do so side by side: nothing
+    waits behind them, and they read nothing meanwhile, so it is what most readers are at that counts. A load that verifies what it reads waits for that where chunks that were read wait while others are hashed. Where tensors
     are handed to a consumer, and nobody is at work, the load waits for the consumer.
 
     Args:
@@ -34,11 +38,13 @@ class Ledger:
 
     Attributes:
         copies: whether what is read is copied; else it is only let go again, as a part of reading.
+        starved: whether a reader has nothing to do because no slot is free.
     """
 
     def __init__(self, now: Callable[[], float], recorder: Recorder | None = None) -> None:
         self.recorder = recorder
         self.copies = True
+        self.starved = False
         self.reading = 0
         self.landing = 0
         self.unhashed = 0
@@ -99,8 +105,9 @@ class Ledger:
         filled: int = 0,
         copying: int = 0,
         binding: int = 0,
+        starved: bool | None = None,
     ) -> None:
-        """Book the time until now, then add to the counts of chunks in each state."""
+        """Book the time until now, then add to the counts of chunks in each state, and say whether readers are starved."""
         now = self._now()
         last, self._last = self._last, now
         spent, phase = now - last, self._phase()
@@ -120,17 +127,24 @@ class Ledger:
         self.filled += filled
         self.copying += copying
         self.binding += binding
+        if starved is not None:
+            self.starved = starved
 
     def _phase(self) -> str:
         if self._section not in ("disk", "pipeline"):
             return self._section
-        waiting = self._section == "pipeline" and (self.filled or self.copying > 1)
+        waiting = self._section == "pipeline" and (self.filled or self.copying > 1) and self._copies_are_behind
         if not waiting and self.hashing and (self.unhashed or not (self.reading or self.landing)):
             return "verify"
         if waiting:
             return "bind" if self.binding and not self.copying else "copy"
-        if (self.copying or self.landing) and not self.reading:
+        if self.landing > self.reading or (self.copying and not self.reading):
             return "copy"
         if self.reading or not self.copies or self._section == "disk":
             return "disk"
         return "bind" if self.binding else self._idle
+
+    @property
+    def _copies_are_behind(self) -> bool:
+        """Whether readers could not help: they wait for a slot, or have read twice as much as they are reading now."""
+        return self.starved or self.filled + self.copying > _FEW * self.reading

@@ -253,7 +253,8 @@ class Pipeline:
             said.append(f"page-locking: copies waited {self.flow.lock_wait_s:.2f} s until it was done")
         if self.plan.layout.num_given:
             count = f"{self.plan.num_mapped} of {len(self.plan.layout.places)} tensors"
-            said.append(f"map: {count} are views of the files; the others were read")
+            others = "" if self.plan.num_mapped == len(self.plan.layout.places) else "; the others were read"
+            said.append(f"map: {count} are views of the files{others}")
         if self.verification is not None:
             said += self.verification.decisions()
         return said

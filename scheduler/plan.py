@@ -64,6 +64,7 @@ class LoadPlan:
         parts: place -> number of chunks, for places that are in more than one.
         empty: places without bytes.
         given: places whose bytes are where they belong: they are read by nobody.
+        given_bytes: how many bytes these have.
         given_ranges: where these lie in the shards, in the order in which they should be brought in.
         num_mapped: how many places stay in mapped files, whether they are given or, to be verified, in chunks.
         verified: shards that are read in whole, and verified.
@@ -78,6 +79,7 @@ class LoadPlan:
     parts: dict[int, int]
     empty: tuple[int, ...]
     given: tuple[int, ...] = ()
+    given_bytes: int = 0
     given_ranges: tuple[ByteRange, ...] = ()
     num_mapped: int = 0
     verified: tuple[int, ...] = ()
@@ -88,6 +90,14 @@ class LoadPlan:
     def total_bytes(self) -> int:
         """How much is read in all, or is there already."""
         return self.num_bytes + self.unwanted_bytes
+
+    @property
+    def mapped_bytes(self) -> int:
+        """How much of the tensors stays in mapped files, whether it is given or, to be verified, in chunks."""
+        layout = self.layout
+        if not layout.num_given:
+            return 0
+        return sum(place.num_bytes for index, place in enumerate(layout.places) if layout.is_given(index))
 
     def bytes_on(self, device: int) -> int:
         """How much memory the blocks on a device take that are there at a time."""
@@ -171,16 +181,16 @@ def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)
         for index, cut in enumerate(cuts)
     )
     unwanted_bytes = sum(cut.end - cut.begin for cut in cuts if cut.stop == cut.first)
+    given_bytes = sum(specs[place].num_bytes for place in given.places)
     return LoadPlan(
         chunks,
         layout,
-        sum(chunk.num_bytes for chunk in chunks)
-        - unwanted_bytes
-        + sum(specs[place].num_bytes for place in given.places),
+        sum(chunk.num_bytes for chunk in chunks) - unwanted_bytes + given_bytes,
         cutter.num_extents,
         {place: count for place, count in parts.items() if count > 1},
         tuple(cutter.empty),
         given.places,
+        given_bytes,
         tuple(ByteRange(cut.shard, cut.begin, cut.end) for cut in given.cuts),
         num_mapped,
         verified,

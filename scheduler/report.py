@@ -19,6 +19,8 @@ State = Literal["preflight", "loading", "finishing", "done", "failed"]
 class Progress:
     """A snapshot of a running load. Bytes count up to `total_bytes`, tensors to `total_tensors`.
 
+    `mapped_bytes` of all are in tensors that are views of mapped files: these are placed and never read, so `bytes_read`
+    ends so much earlier.
     `current_module` is the one whose tensors were placed last; "" where none was, or where there is no model.
     """
 
@@ -30,6 +32,7 @@ class Progress:
     total_tensors: int
     elapsed_s: float
     current_module: str = ""
+    mapped_bytes: int = 0
 
     @property
     def eta_s(self) -> float | None:
@@ -67,7 +70,7 @@ class LoadReport:
     wall_s: float
     """Seconds from the call to the last tensor in place."""
     throughput_bytes_per_s: float
-    """`num_bytes` / `wall_s`."""
+    """`num_bytes` / `wall_s`; what is mapped is there without having been read, so this says nothing of disks then."""
     phases: dict[str, float]
     """Seconds in which the load waited for preflight, disk, copy, bind and other, for verify where that was asked for, and
     for the consumer of a stream; they sum to `wall_s`."""
@@ -104,6 +107,16 @@ class LoadReport:
     """How many processes there are; 1 where it is alone."""
     unloaded_keys: tuple[str, ...] = ()
     """What a device map leaves on meta."""
+    read_bytes: int = 0
+    """How much was read, from the page cache or from storage, with what was read only to be verified."""
+    mapped_bytes: int = 0
+    """How much of `num_bytes` is in tensors that are views of mapped files, and comes into memory when it is used."""
+    cast_bytes: int = 0
+    """How much of `num_bytes` was cast to another dtype."""
+    cached_read_s: float = 0.0
+    """Seconds that readers spent on what was in the page cache before, added up."""
+    storage_read_s: float = 0.0
+    """Seconds that they spent on all that was not, or of which that is not known."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data; the keys are the attributes' names."""

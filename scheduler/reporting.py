@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -45,6 +45,7 @@ def make_report(
     ranks = find_ranks()
     verification = pipeline.verification
     told = list(fallbacks)
+    totals = _totals(placement.places)
     own, computed = placement.loaded_themselves, placement.computed
     if own:
         told.append(f"{len(own)} modules were loaded through hooks of their own: {some(own)}")
@@ -57,7 +58,7 @@ def make_report(
         strategy=decision.strategy,
         reason=decision.reason,
         device=device_names(backends),
-        dtype=_dtypes(placement.places),
+        dtype=_dtypes(totals),
         num_tensors=len(placement.places),
         num_shards=len(checkpoint.shards),
         num_bytes=plan.num_bytes,
@@ -79,6 +80,11 @@ def make_report(
         hash_s=0.0 if verification is None else verification.hash_s,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        read_bytes=pipeline.flow.bytes_read,
+        mapped_bytes=plan.mapped_bytes,
+        cast_bytes=sum(size for (stored, dtype), size in totals.items() if stored is not dtype),
+        cached_read_s=pipeline.flow.filling.cached_read_s,
+        storage_read_s=pipeline.flow.filling.storage_read_s,
     )
 
 
@@ -87,8 +93,17 @@ def device_names(backends: Sequence[Backend]) -> str:
     return ", ".join("page-cache" if backend.device.type == "meta" else str(backend.device) for backend in backends)
 
 
-def _dtypes(places: list[Place]) -> str:
-    totals: dict[torch.dtype, int] = {}
+def _totals(places: list[Place]) -> dict[tuple[torch.dtype, torch.dtype], int]:
+    """Return how many bytes are of each stored dtype and each dtype in the model."""
+    totals: dict[tuple[torch.dtype, torch.dtype], int] = {}
     for place in places:
-        totals[place.dtype] = totals.get(place.dtype, 0) + place.num_bytes
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(totals, key=lambda one: -totals[one]))
+        key = place.stored_dtype, place.dtype
+        totals[key] = totals.get(key, 0) + place.num_bytes
+    return totals
+
+
+def _dtypes(totals: Mapping[tuple[torch.dtype, torch.dtype], int]) -> str:
+    sizes: dict[torch.dtype, int] = {}
+    for (_, dtype), size in totals.items():
+        sizes[dtype] = sizes.get(dtype, 0) + size
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(sizes, key=lambda one: -sizes[one]))

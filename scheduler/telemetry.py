@@ -91,6 +91,7 @@ class Telemetry:
                     "weightstream.strategy": report.strategy,
                     "weightstream.tensors": report.num_tensors,
                     "weightstream.shards": report.num_shards,
+                    "weightstream.mapped.size": report.mapped_bytes,
                     "weightstream.overlap": report.overlap,
                     **{f"weightstream.phase.{name}": seconds for name, seconds in report.phases.items()},
                 }

@@ -30,6 +30,11 @@ REPORT_KEYS = [
     "rank",
     "world_size",
     "unloaded_keys",
+    "read_bytes",
+    "mapped_bytes",
+    "cast_bytes",
+    "cached_read_s",
+    "storage_read_s",
 ]
 
 #: The keys of what the other commands print with --json. As above.

@@ -81,7 +81,7 @@ def test_median_of_an_even_number_of_runs_is_one_of_them() -> None:
         ),
         (1.0, {"phases": COPYING}, {}, "81% of the time, 18% for reading. Only fewer bytes, or another bus"),
         (1.0, {"phases": COPYING, "pinned_bytes": 0}, {}, "raise the limit for that (ulimit -l"),
-        (1.0, {"phases": COPYING, "device": "cpu"}, {"device": "cpu"}, "with `prefetch.io: buffered`, those on"),
+        (1.0, {"phases": COPYING, "device": "cpu"}, {"device": "cpu"}, "those on meta are read into without a copy"),
     ],
     ids=["near", "far", "workers", "buffered", "auto", "python", "copies", "not-locked", "copies-on-cpu"],
 )
@@ -122,3 +122,15 @@ def test_table_fits_80_columns() -> None:
     assert max(map(len, lines)) <= 80
     assert "  note          direct I/O refused by the file system: buffered reads used" in lines
     assert lines[-1] == "  note          something is odd"
+
+
+def test_mapped_load_has_no_rate_and_no_share() -> None:
+    report = dataclasses.replace(REPORT, strategy="map", device="cpu", phases=WORKING, mapped_bytes=REPORT.num_bytes)
+    mapped = Row("load cached", None, (Sample(0, 0.02, 0.02, 0, report),))
+    found = findings(row("read cached", 2.0, 2), mapped, device="cpu")
+    file = io.StringIO()
+    print_findings(Console(file=file, width=80, color_system=None), found)
+    lines = file.getvalue().splitlines()
+    assert any(line.split()[:5] == ["weightstream,", "cached", "0.020", "0.020-0.020", "mapped"] for line in lines)
+    assert "weightstream, cached: 61.1 GB mapped, nothing read or copied" in lines
+    assert found.printed().rows[-1].share_of_ceiling is None

@@ -114,6 +114,52 @@ async def test_warm_cache(make_rig: MakeRig, tmp_path: Path, device: str, said: 
     assert ("`strategy: map`" in text) == (device == "host")
 
 
+@pytest.mark.parametrize(
+    ("cached_s", "storage_s", "said"),
+    [
+        (
+            3.0,
+            1.0,
+            "3 of 4 chunks were in the page cache, and readers spent 75% of their time on these, so this is memory's",
+        ),
+        (1.0, 3.0, "What was not in the page cache came from storage"),
+        (0.0, 0.0, "What was not in the page cache came from storage"),
+    ],
+)
+def test_what_was_in_the_page_cache_in_part_goes_by_the_time_that_each_took(
+    cached_s: float, storage_s: float, said: str
+) -> None:
+    had = ("page cache: 3 of 4 chunks are in it and are read from there",)
+    report = dataclasses.replace(REPORT, decisions=had, cached_read_s=cached_s, storage_read_s=storage_s)
+    assert said in explain(dataclasses.replace(report, phases=phases(disk=1.0)))
+
+
+async def test_times_of_reads_are_those_of_where_they_came_from(make_rig: MakeRig, tmp_path: Path) -> None:
+    rig = make_rig("host", read_bytes_per_s=ONE_SECOND)
+    cold = await loaded(rig, tmp_path, strategy="stream", workers=1)
+    rig.disk.is_cached = True
+    warm = await loaded(rig, tmp_path, strategy="stream", workers=1)
+    assert (cold.cached_read_s, cold.storage_read_s) == (0, NUM_CHUNKS)
+    assert (warm.cached_read_s, warm.storage_read_s) == (NUM_CHUNKS, 0)
+
+
+def test_page_cache_that_is_not_known_is_said_to_be_so() -> None:
+    unknown = ("what is in the page cache is unknown, because the files belong to somebody else",)
+    text = explain(dataclasses.replace(REPORT, fallbacks=unknown, phases=phases(disk=1.0)))
+    assert "How much the page cache had is not known here. What was not" in text
+
+
+async def test_readers_that_never_idle(make_rig: MakeRig, tmp_path: Path) -> None:
+    """Four reads of 4 s end at once, and are copied in 3.5 s: most of the time some wait, and yet reads are the bound."""
+    rig = make_rig(latency_s=4.0, copy_bytes_per_s=CHUNK / 0.875)
+    report = await loaded(rig, tmp_path, workers=4, num_slots=16)
+    assert report.wall_s == NUM_CHUNKS / 4 * 4 + 3.5
+    assert find_bound(report.phases) == "disk"
+    assert report.phases["disk"] == 24
+    slow = await loaded(make_rig(latency_s=1.0, copy_bytes_per_s=CHUNK), tmp_path, workers=4, num_slots=6)
+    assert find_bound(slow.phases) == "copy"
+
+
 async def test_page_cache_that_is_warmed(make_rig: MakeRig, tmp_path: Path) -> None:
     rig = make_rig("host", read_bytes_per_s=ONE_SECOND)
     path = written(tmp_path)
@@ -122,7 +168,7 @@ async def test_page_cache_that_is_warmed(make_rig: MakeRig, tmp_path: Path) -> N
         rig.disk.is_cached = True
         warm = await (await loader.start_warm(path)).wait()
     assert "The next load finds it there." in explain(cold)
-    assert "there was nothing to warm" in explain(warm)
+    assert "there was little to warm" in explain(warm)
 
 
 @requires_fuse
@@ -259,7 +305,26 @@ def test_page_locking_that_takes_long(tmp_path: Path) -> None:
 async def test_copies_on_the_host_of_what_has_storage(make_rig: MakeRig, tmp_path: Path) -> None:
     report = await loaded(make_rig("host", read_bytes_per_s=ONE_SECOND), tmp_path, Layers("cpu"))
     assert report.num_copies == NUM_CHUNKS
-    assert "comes from storage for parameters that have some" in explain(waiting(report, copy=1.0))
+    assert "comes from storage for parameters that have storage of their own" in explain(waiting(report, copy=1.0))
+
+
+async def test_copies_by_readers_past_the_page_cache(make_rig: MakeRig, tmp_path: Path) -> None:
+    report = await loaded(make_rig("host", io="direct", read_bytes_per_s=ONE_SECOND), tmp_path)
+    assert "copied to its place by the readers, which took more of their time than" in explain(
+        waiting(report, copy=1.0)
+    )
+
+
+def test_casts_on_the_host(tmp_path: Path) -> None:
+    """They are what copies take their time with, and no way of reading changes that."""
+    report = load_small(tmp_path, device={"target": "cpu", "dtype": "float64"})
+    assert report.cast_bytes > 0.99 * report.num_bytes
+    text = explain(waiting(report, copy=1.0))
+    assert "100% of the bytes were cast to another dtype on the way (in the end it is float64, " in text
+    assert "saved once in the dtype of the model" in text
+    assert "prefetch.io" not in text
+    few = dataclasses.replace(report, cast_bytes=report.num_bytes // 4)
+    assert "cast" not in explain(waiting(few, copy=1.0))
 
 
 # The consumer of a stream

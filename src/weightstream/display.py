@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -21,7 +22,7 @@ __all__ = ["Display", "Meter", "MeterUpdate", "Output", "format_bytes", "format_
 
 #: Live rates are averages over this time.
 _WINDOW_S = 1.0
-#: Without a terminal: a line at most this often.
+#: Without a terminal: a line this often. On one, what has not moved for so long is said to wait.
 _LINE_S = 3.0
 
 
@@ -55,15 +56,18 @@ class Meter:
         self.name = name
         self.done_bytes = 0
         self.total_bytes = 0
-        self._begin_s = time.monotonic()
+        self.mapped_bytes = 0
+        self._begin_s = self._moved_s = time.monotonic()
         self._end_s: float | None = None
         self._samples: deque[tuple[float, int]] = deque([(self._begin_s, 0)])
 
-    def update(self, done_bytes: int, total_bytes: int) -> None:
-        """Note where it is now."""
+    def update(self, done_bytes: int, total_bytes: int, *, mapped_bytes: int = 0) -> None:
+        """Note where it is now. The first `mapped_bytes` were there before, and count for no rate."""
         now_s = time.monotonic()
-        self.done_bytes, self.total_bytes = done_bytes, total_bytes
-        self._samples.append((now_s, done_bytes))
+        if done_bytes != self.done_bytes:
+            self._moved_s = now_s
+        self.done_bytes, self.total_bytes, self.mapped_bytes = done_bytes, total_bytes, mapped_bytes
+        self._samples.append((now_s, max(0, done_bytes - mapped_bytes)))
         while len(self._samples) > 2 and self._samples[1][0] <= now_s - _WINDOW_S:
             self._samples.popleft()
         if done_bytes == total_bytes and self._end_s is None:
@@ -73,7 +77,21 @@ class Meter:
     def bytes_per_s(self) -> float:
         since_s, since_bytes = self._samples[0] if self._end_s is None else (self._begin_s, 0)
         elapsed_s = (self._end_s or time.monotonic()) - since_s
-        return (self.done_bytes - since_bytes) / elapsed_s if elapsed_s > 0 else 0.0
+        return (self._samples[-1][1] - since_bytes) / elapsed_s if elapsed_s > 0 else 0.0
+
+    @property
+    def moves(self) -> bool:
+        """Whether it has a rate: all that there is may be mapped."""
+        return self.mapped_bytes < self.total_bytes
+
+    @property
+    def is_over(self) -> bool:
+        return self._end_s is not None
+
+    @property
+    def still_s(self) -> float:
+        """For how long nothing has moved; 0.0 once it is done."""
+        return 0.0 if self.is_over else time.monotonic() - self._moved_s
 
     @property
     def left(self) -> str:
@@ -90,9 +108,13 @@ class Meter:
 
 
 class MeterUpdate(Protocol):
-    """Moves all meters: their common total, how many bytes each has done, and what is being worked at."""
+    """Moves all meters: their common total, how many bytes each has done, and what is being worked at.
 
-    def __call__(self, total_bytes: int, /, *done_bytes: int, current: str = "") -> None: ...
+    `mapped_bytes` of the total are views of files, which nobody reads or copies: of several meters the first, which is for
+    reads, leaves them out; they are the first bytes of the others.
+    """
+
+    def __call__(self, total_bytes: int, /, *done_bytes: int, current: str = "", mapped_bytes: int = 0) -> None: ...
 
 
 class Display:
@@ -109,48 +131,89 @@ class Display:
         yield _no_update
 
 
-def _no_update(total_bytes: int, /, *done_bytes: int, current: str = "") -> None:
+def _no_update(total_bytes: int, /, *done_bytes: int, current: str = "", mapped_bytes: int = 0) -> None:
     """Move nothing."""
 
 
+def _move(meters: Sequence[Meter], total_bytes: int, done_bytes: Sequence[int], mapped_bytes: int) -> None:
+    for number, (meter, done) in enumerate(zip(meters, done_bytes, strict=True)):
+        if number == 0 and len(meters) > 1:
+            meter.update(done, total_bytes - mapped_bytes)
+        else:
+            meter.update(done, total_bytes, mapped_bytes=mapped_bytes)
+
+
 class _Lines(Display):
-    """Lines of text, for logs and pipes."""
+    """Lines of text, for logs and pipes: every few seconds one, whether anything has moved or not."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     @contextmanager
     def step(self, text: str) -> Generator[None, None, None]:
+        begin_s = time.monotonic()
         self._say(text)
-        yield
+        with self._repeating(lambda: f"{text} ({time.monotonic() - begin_s:.0f} s)"):
+            yield
 
     @contextmanager
     def meters(self, names: Sequence[str]) -> Generator[MeterUpdate, None, None]:
         meters = [Meter(name) for name in names]
-        last_s = time.monotonic()
+        at = ""
 
-        def update(total_bytes: int, /, *done_bytes: int, current: str = "") -> None:
-            nonlocal last_s
-            was_over = all(meter.fraction == 1 for meter in meters)
-            for meter, done in zip(meters, done_bytes, strict=True):
-                meter.update(done, total_bytes)
-            is_over = all(meter.fraction == 1 for meter in meters)
-            now_s = time.monotonic()
-            if (is_over and not was_over) or (not is_over and now_s - last_s >= _LINE_S):
-                last_s = now_s
-                at = [f"at {current}"] if current and not is_over else []
-                self._say(", ".join([*map(_describe, meters), *at]))
+        def update(total_bytes: int, /, *done_bytes: int, current: str = "", mapped_bytes: int = 0) -> None:
+            nonlocal at
+            was_over, at = all(meter.is_over for meter in meters), current
+            _move(meters, total_bytes, done_bytes, mapped_bytes)
+            if not was_over and all(meter.is_over for meter in meters):
+                self._say(_describe(meters))
 
-        yield update
+        def line() -> str:
+            return _describe(meters, at) + (", finishing" if all(meter.is_over for meter in meters) else "")
+
+        with self._repeating(line):
+            yield update
+
+    @contextmanager
+    def _repeating(self, line: Callable[[], str]) -> Generator[None, None, None]:
+        """Say a line every few seconds, on a thread of its own: the one that works may be what is waited for."""
+        over = threading.Event()
+
+        def run() -> None:
+            while not over.wait(_LINE_S):
+                self._say(line())
+
+        thread = threading.Thread(target=run, name="weightstream-display", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def _say(self, text: str) -> None:
         self._console.print(f"weightstream: {text}", soft_wrap=True, markup=False, highlight=False)
 
 
-def _describe(meter: Meter) -> str:
-    amount = f"{format_bytes(meter.done_bytes)} of {format_bytes(meter.total_bytes)}"
-    left = f", {meter.left}" if meter.left else ""
-    return f"{meter.name} {amount} ({meter.fraction:.0%}), {format_rate(meter.bytes_per_s)}{left}"
+def _describe(meters: Sequence[Meter], at: str = "") -> str:
+    """Say how far meters are, what is being worked at, and, if nothing has moved of late, what is waited for."""
+    said = [_amount(meter) for meter in meters if meter.total_bytes]
+    waiting = [meter for meter in meters if not meter.is_over]
+    if not waiting:
+        return ", ".join(said or ["nothing to read"])
+    still_s = min(meter.still_s for meter in waiting)
+    if at:
+        said.append(f"at {at}")
+    if still_s >= _LINE_S:
+        said.append(f"nothing has moved for {still_s:.0f} s: waiting for {waiting[0].name}")
+    return ", ".join(said or [f"waiting for {waiting[0].name}"])
+
+
+def _amount(meter: Meter) -> str:
+    rate = [format_rate(meter.bytes_per_s)] if meter.moves else ["mapped"]
+    left = [meter.left] if meter.left else []
+    amount = f"{format_bytes(meter.done_bytes)} of {format_bytes(meter.total_bytes)} ({meter.fraction:.0%})"
+    return f"{meter.name} {', '.join([amount, *rate, *left])}"
 
 
 class _Live(Display):
@@ -163,7 +226,11 @@ class _Live(Display):
 
     @contextmanager
     def step(self, text: str) -> Generator[None, None, None]:
-        columns = SpinnerColumn(), TextColumn("{task.description}", table_column=Column(no_wrap=True))
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            _SecondsColumn(),
+        )
         with self._live(Progress(*columns, console=self._console, transient=True)) as progress:
             progress.add_task(text, total=None)
             yield
@@ -174,11 +241,12 @@ class _Live(Display):
         with self._live(Progress(*_columns(self._console.width), console=self._console)) as progress:
             tasks = [progress.add_task(meter.name, total=None, meter=meter, current="") for meter in meters]
 
-            def update(total_bytes: int, /, *done_bytes: int, current: str = "") -> None:
-                for meter, task, done in zip(meters, tasks, done_bytes, strict=True):
-                    meter.update(done, total_bytes)
-                    progress.update(task, completed=done, total=total_bytes)
-                is_over = all(meter.fraction == 1 for meter in meters)
+            def update(total_bytes: int, /, *done_bytes: int, current: str = "", mapped_bytes: int = 0) -> None:
+                _move(meters, total_bytes, done_bytes, mapped_bytes)
+                for meter, task in zip(meters, tasks, strict=True):
+                    total = meter.total_bytes
+                    progress.update(task, completed=meter.done_bytes, total=total, visible=bool(total))
+                is_over = all(meter.is_over for meter in meters)
                 progress.update(tasks[-1], current="" if is_over else current)  # beside what is placed
 
             yield update
@@ -197,6 +265,13 @@ class _Live(Display):
             tell("\x1b[?25h\n")
 
 
+class _SecondsColumn(ProgressColumn):
+    """How long a step has taken, once that is worth a word."""
+
+    def render(self, task: Task) -> RenderableType:
+        return Text(f"{task.elapsed:.0f} s" if (task.elapsed or 0.0) >= _LINE_S else "", style="dim")
+
+
 class _MeterColumn(ProgressColumn):
     """A meter's amount, its rate, or the time that it has left."""
 
@@ -209,9 +284,10 @@ class _MeterColumn(ProgressColumn):
         if not meter.total_bytes:
             return Text("")
         if self._what == "left":
-            return Text(meter.left, style="dim")
+            waits = f"waits {meter.still_s:.0f} s" if meter.still_s >= _LINE_S else ""
+            return Text(waits or meter.left, style="dim")
         if self._what == "rate":
-            return Text(format_rate(meter.bytes_per_s))
+            return Text(format_rate(meter.bytes_per_s) if meter.moves else "mapped")
         return Text(f"{format_bytes(meter.done_bytes)} of {format_bytes(meter.total_bytes)}", style="dim")
 
 

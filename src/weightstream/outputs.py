@@ -157,7 +157,7 @@ class Sample:
     __pydantic_config__: ClassVar[ConfigDict] = _DESCRIBED
 
     num_bytes: int
-    """What was read, copied or loaded."""
+    """What was read, copied or loaded; of a load, without what is mapped, which nobody moves."""
     wall_s: float
     """Seconds that it took."""
     cpu_s: float

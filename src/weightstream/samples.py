@@ -175,7 +175,8 @@ async def sample_load(subject: Subject, recorder: Recorder | None = None) -> Sam
     model = await in_thread(_prepare_load, subject)
     gauge = _Gauge()
     report = await load(model, subject.checkpoint, config=subject.config, recorder=recorder)
-    return Sample(report.num_bytes, report.wall_s, gauge.cpu_s, gauge.peak_bytes, report)
+    moved_bytes = report.num_bytes - report.mapped_bytes
+    return Sample(moved_bytes, report.wall_s, gauge.cpu_s, gauge.peak_bytes, report)
 
 
 def _prepare_load(subject: Subject) -> nn.Module:

@@ -66,8 +66,13 @@ def print_report(console: Console, report: LoadReport, extra: Iterable[tuple[str
     """Print what a load did, `extra` facts about it, and where the time went."""
     is_cache = report.device == "page-cache"
     what = f"{format_bytes(report.num_bytes)}, {_count(report.num_tensors, 'tensor')} in {_count(report.num_shards, 'shard')}"
-    done = f"Read {what}, into the page cache" if is_cache else f"Loaded {what}, onto {report.device}"
-    print_title(console, f"{done} in {report.wall_s:.2f} s: {format_rate(report.throughput_bytes_per_s)}")
+    verb = "Mapped" if report.mapped_bytes == report.num_bytes > 0 else "Loaded"
+    done = f"Read {what}, into the page cache" if is_cache else f"{verb} {what}, onto {report.device}"
+    if report.mapped_bytes:  # for which there is no rate: they were not moved
+        rate = f"; {format_bytes(report.mapped_bytes)} mapped, {format_bytes(report.read_bytes)} read"
+    else:
+        rate = f": {format_rate(report.throughput_bytes_per_s)}"
+    print_title(console, f"{done} in {report.wall_s:.2f} s{rate}")
     print_facts(console, [*_facts(report, is_cache=is_cache), *extra])
     print_phases(console, report)
 
@@ -78,12 +83,11 @@ def _facts(report: LoadReport, *, is_cache: bool) -> Iterable[tuple[str, str]]:
     yield "dtype", report.dtype
     if report.world_size > 1:
         yield "rank", f"{report.rank} of {report.world_size}"
-    if not is_cache:
-        if report.num_copies:
-            yield "overlap", f"{report.overlap:.0%} of the less busy stage's time, reads and copies went on at once"
-            yield "copies", f"{report.num_copies:,}"
-        else:
-            yield "overlap", "none needed: reads landed in the weights themselves, without a copy"
+    if not is_cache and report.num_copies:
+        yield "overlap", f"{report.overlap:.0%} of the less busy stage's time, reads and copies went on at once"
+        yield "copies", f"{report.num_copies:,}"
+    elif not is_cache and report.read_bytes:
+        yield "overlap", "none needed: reads landed in the weights themselves, without a copy"
     kind = "ring and weights" if report.device == "cpu" else "ring"
     yield (
         "host memory",

@@ -49,6 +49,11 @@ class Row:
         return self.median.num_bytes / self.median.wall_s
 
     @property
+    def moves(self) -> bool:
+        """Whether it has a rate: a load that maps all it wants reads nothing, and copies nothing."""
+        return self.median.num_bytes > 0
+
+    @property
     def name(self) -> str:
         threads = "" if self.num_threads is None else f", {_threads(self.num_threads)}"
         return f"{_NAMES[self.kind]}{threads}"
@@ -121,7 +126,7 @@ class Findings:
                 kind=row.kind,
                 num_threads=row.num_threads,
                 bytes_per_s=row.bytes_per_s,
-                share_of_ceiling=self.share(row) if row in self.loads else None,
+                share_of_ceiling=self.share(row) if row in self.loads and row.moves else None,
                 ceiling=self.ceiling(row).name if row in self.loads else None,
                 bound=self.bound(row) if row in self.loads else None,
                 samples=row.samples,
@@ -155,11 +160,12 @@ def print_findings(console: Console, found: Findings) -> None:
         print_phases(console, report, title=f"Where the time went: {load.name}")
         console.print()
         rate, ceiling = format_rate(load.bytes_per_s), found.ceiling(load)
-        print_title(
-            console,
-            f"{load.name}: {rate}, {found.share(load):.0%} of the ceiling"
-            f" ({ceiling.name}: {format_rate(ceiling.bytes_per_s)})",
+        reached = (
+            f"{rate}, {found.share(load):.0%} of the ceiling ({ceiling.name}: {format_rate(ceiling.bytes_per_s)})"
+            if load.moves
+            else f"{format_bytes(report.mapped_bytes)} mapped, nothing read or copied"
         )
+        print_title(console, f"{load.name}: {reached}")
         print_facts(
             console,
             [
@@ -180,8 +186,8 @@ def _cells(found: Findings, row: Row) -> tuple[str, ...]:
         row.name,
         _seconds(median.wall_s),
         f"{_seconds(min(walls))}-{_seconds(max(walls))}",
-        format_rate(row.bytes_per_s),
-        f"{found.share(row):.0%}" if row in found.loads else "",
+        format_rate(row.bytes_per_s) if row.moves else "mapped",
+        f"{found.share(row):.0%}" if row in found.loads and row.moves else "",
         _seconds(median.cpu_s),
         "unknown" if median.peak_bytes is None else format_bytes(median.peak_bytes),
     )

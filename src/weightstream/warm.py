@@ -44,7 +44,12 @@ async def follow(handle: LoadHandle, display: Display, names: tuple[str, ...]) -
     with display.meters(names) as update:
         async for progress in handle.events():
             counts = progress.bytes_read, progress.bytes_placed
-            update(progress.total_bytes, *counts[: len(names)], current=progress.current_module)
+            update(
+                progress.total_bytes,
+                *counts[: len(names)],
+                current=progress.current_module,
+                mapped_bytes=progress.mapped_bytes,
+            )
     return await handle.wait()
 
 

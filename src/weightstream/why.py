@@ -32,6 +32,8 @@ _CONCERNS: dict[Bound, tuple[str, ...]] = {
 }
 #: What took less of the time than this is not named beside what took most.
 _WORTH_A_WORD = 0.1
+#: What concerns more of the bytes than this is what most of the time went into.
+_MOST = 0.5
 #: With more than this for each tensor, it is not their number that takes the time: 46,000 take 5 to 10 µs each here.
 _MANY_S = 100e-6
 #: What takes no longer than this is what any load takes to start: 4 to 6 ms here, and 30 where Python has just begun.
@@ -104,9 +106,15 @@ def _on_reading(report: LoadReport) -> str:
         )
     cached = re.search(r"page cache: (\d+) of (\d+) chunks", found)
     if cached and cached[1] == cached[2]:
-        return _on_cached_reading(report)
+        return _on_cached_reading(report, "Everything was in the page cache")
+    if cached and report.cached_read_s > report.storage_read_s:
+        spent = f"{report.cached_read_s / (report.cached_read_s + report.storage_read_s):.0%}"
+        had = f"{cached[1]} of {cached[2]} chunks were in the page cache, and readers spent {spent} of their time on these"
+        return _on_cached_reading(report, had)
     how = re.search(r"read in the end: (.*?MiB)", found)
     came = "What was not in the page cache came from storage" + (f" ({how[1]})" if how else "")
+    if any("page cache is unknown" in said for said in report.fallbacks):
+        came = f"How much the page cache had is not known here. {came}"
     if network := re.search(r"come over a network \((.*?)\)", found):
         came = f"{came}, over a network ({network[1]}): a copy on a disk of this machine would be nearer"
     if report.device == "page-cache":
@@ -117,15 +125,15 @@ def _on_reading(report: LoadReport) -> str:
     )
 
 
-def _on_cached_reading(report: LoadReport) -> str:
+def _on_cached_reading(report: LoadReport, had: str) -> str:
     if report.device == "page-cache":
-        return "Everything was in the page cache before: there was nothing to warm."
+        return f"{had}: there was little to warm."
     if report.device == "cpu":
         return (
-            "Everything was in the page cache, so this is memory's speed, and that of the kernel that finds new memory for"
-            " the weights. `strategy: map` copies nothing, where parameters are on meta and nothing is cast."
+            f"{had}, so this is memory's speed, and that of the kernel that finds new memory for the weights. `strategy: map`"
+            " copies nothing, where parameters are on meta and nothing is cast."
         )
-    return "Everything was in the page cache, so this is memory's speed: more cores, or faster memory, would help."
+    return f"{had}, so this is memory's speed: more cores, or faster memory, would help."
 
 
 def _on_hashing(report: LoadReport, num_cores: int) -> str:
@@ -146,10 +154,7 @@ def _on_copies(report: LoadReport) -> str:
     if said := _in_turn(report):
         return said
     if report.device == "cpu":
-        return (
-            "What is read past the page cache is copied to its place, and so is all that is cast, or comes from storage for"
-            " parameters that have some; with `prefetch.io: buffered`, those on meta are read into without a copy."
-        )
+        return _on_host_copies(report)
     if not report.pinned_bytes:
         return (
             "They come from memory that is not page-locked, which is slower: raise the limit for that (ulimit -l, or"
@@ -161,6 +166,26 @@ def _on_copies(report: LoadReport) -> str:
             " for all of its loads."
         )
     return "Only fewer bytes, or another bus, would be faster."
+
+
+def _on_host_copies(report: LoadReport) -> str:
+    if report.cast_bytes > _MOST * report.num_bytes:
+        share = f"{report.cast_bytes / report.num_bytes:.0%}"
+        return (
+            f"{share} of the bytes were cast to another dtype on the way (in the end it is {report.dtype}), by this machine's"
+            " cores: a checkpoint that is saved once in the dtype of the model, or a model in that of the checkpoint, needs"
+            " no casts."
+        )
+    if "read in the end: direct" in " ".join(report.decisions):
+        return (
+            "What was read past the page cache was copied to its place by the readers, which took more of their time than"
+            " reading did: that is memory's speed, and more cores would help. `prefetch.io: buffered` leaves the copy to the"
+            " kernel, which may be faster or slower."
+        )
+    return (
+        "What comes from storage for parameters that have storage of their own is copied to them when it has been read; those"
+        " on meta are read into without a copy."
+    )
 
 
 def _in_turn(report: LoadReport) -> str | None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import os
 import pty
+import queue
 import re
 import signal
 import struct
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Iterator
 from fcntl import ioctl
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -74,28 +77,100 @@ def test_meter_tells_the_rate_of_the_last_second_and_at_last_the_average(time_: 
     assert (meter.bytes_per_s, meter.fraction) == (2500, 1.0)
 
 
-def test_lines_come_every_few_seconds_and_at_the_end(time_: Time, capsys: pytest.CaptureFixture[str]) -> None:
+class Pulses:
+    """Stands for the event that lines are said without: each call of `pulse` lets it wait its time, once."""
+
+    def __init__(self) -> None:
+        self._asked, self._answers = queue.Queue[None](), queue.Queue[bool]()
+
+    def wait(self, timeout: float) -> bool:
+        assert timeout == 3.0
+        self._asked.put(None)
+        return self._answers.get(timeout=20)
+
+    def set(self) -> None:
+        self._answers.put(True)
+
+    def pulse(self) -> None:
+        """Return when a line has been said."""
+        self._asked.get(timeout=20)
+        self._answers.put(False)
+        self._asked.get(timeout=20)
+        self._asked.put(None)
+
+
+@pytest.fixture(name="pulses")
+def fixture_pulses(monkeypatch: pytest.MonkeyPatch) -> list[Pulses]:
+    """One for each context that says lines."""
+    made: list[Pulses] = []
+
+    def make() -> Pulses:
+        made.append(Pulses())
+        return made[-1]
+
+    monkeypatch.setattr(display, "threading", SimpleNamespace(Event=make, Thread=threading.Thread))
+    return made
+
+
+def test_lines_come_every_few_seconds_and_at_the_end(
+    time_: Time, pulses: list[Pulses], capsys: pytest.CaptureFixture[str]
+) -> None:
     shown = make_display(Shutdown(), quiet=False)
     with shown.step("thinking"):
-        pass
+        time_.now_s = 3.0
+        pulses[-1].pulse()
+    time_.now_s = 0.0
     with shown.meters(["disk", "cuda:0"]) as update:
         for step in range(1, 11):
             time_.now_s = step * 0.75
             update(1000, step * 100, step * 50, current="layers.3")
+            if step in (4, 8):
+                pulses[-1].pulse()
         time_.now_s = 7.8
         update(1000, 1000, 1000)
         update(1000, 1000, 1000)
+        pulses[-1].pulse()
     out, err = capsys.readouterr()
     assert out == ""
     at = ", at layers.3"
     first = f"weightstream: disk 400 B of 1.00 kB (40%), 133 B/s, 4 s left, cuda:0 200 B of 1.00 kB (20%), 67 B/s, 12 s left{at}"
     second = f"weightstream: disk 800 B of 1.00 kB (80%), 133 B/s, 2 s left, cuda:0 400 B of 1.00 kB (40%), 67 B/s, 9 s left{at}"
-    assert err.splitlines() == [
-        "weightstream: thinking",
-        first,
-        second,
-        "weightstream: disk 1.00 kB of 1.00 kB (100%), 133 B/s, cuda:0 1.00 kB of 1.00 kB (100%), 128 B/s",
+    last = "weightstream: disk 1.00 kB of 1.00 kB (100%), 133 B/s, cuda:0 1.00 kB of 1.00 kB (100%), 128 B/s"
+    said = ["weightstream: thinking", "weightstream: thinking (3 s)", first, second, last, f"{last}, finishing"]
+    assert err.splitlines() == said
+
+
+def test_lines_come_where_nothing_moves_and_say_what_is_waited_for(
+    time_: Time, pulses: list[Pulses], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with make_display(Shutdown(), quiet=False).meters(["disk", "cuda:0"]) as update:
+        pulses[0].pulse()
+        update(1000, 500, 0)
+        time_.now_s = 3.0
+        pulses[0].pulse()
+        update(1000, 1000, 0)
+        time_.now_s = 12.0
+        pulses[0].pulse()
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first == "weightstream: waiting for disk"
+    assert second.endswith(", nothing has moved for 3 s: waiting for disk")
+    assert third.endswith(", nothing has moved for 12 s: waiting for cuda:0")
+
+
+def test_mapped_bytes_are_placed_and_not_read(time_: Time, capsys: pytest.CaptureFixture[str]) -> None:
+    for mapped in (1000, 600):
+        with make_display(Shutdown(), quiet=False).meters(["disk", "cpu"]) as update:
+            time_.now_s += 2.0
+            update(1000, 1000 - mapped, 1000, mapped_bytes=mapped)
+    assert capsys.readouterr().err.splitlines() == [
+        "weightstream: cpu 1.00 kB of 1.00 kB (100%), mapped",
+        "weightstream: disk 400 B of 400 B (100%), 200 B/s, cpu 1.00 kB of 1.00 kB (100%), 200 B/s",
     ]
+    console = Output(file=io.StringIO(), width=100, force_terminal=True, color_system=None, record=True)
+    with display._Live(console, Shutdown()).meters(["disk", "cpu"]) as update:
+        update(1000, 0, 1000, mapped_bytes=1000)
+    drawn = console.export_text().splitlines()[-1]
+    assert re.search(r"cpu +━+ 1.00 kB of 1.00 kB +mapped *$", drawn)
 
 
 def test_long_times_are_told_in_minutes(time_: Time) -> None:
@@ -123,6 +198,14 @@ def test_bars_tell_rate_time_left_and_module_in_one_line_each(width: int, time_:
     assert ("4 s left" in device) == (width >= 64)
     assert ("model.layers.17.mlp" in device) == (width >= 80)
     assert max(len(disk), len(device)) <= width
+
+
+def test_bars_say_how_long_nothing_has_moved(time_: Time) -> None:
+    console = Output(file=io.StringIO(), width=80, force_terminal=True, color_system=None, record=True)
+    with display._Live(console, Shutdown()).meters(["disk"]) as update:
+        update(1000, 500)
+        time_.now_s = 7.0
+    assert "waits 7 s" in console.export_text().splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["[/x]", "[bold]", "a[0]"])

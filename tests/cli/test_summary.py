@@ -35,6 +35,7 @@ REPORT = LoadReport(
     missing_keys=(),
     unexpected_keys=tuple(f"extra.{number}" for number in range(7)),
     verified="none",
+    read_bytes=61_064_000_000,
 )
 
 
@@ -89,6 +90,26 @@ def test_load_without_copies_says_that_none_were_needed() -> None:
     assert "  overlap       none needed: reads landed in the weights themselves, without a copy" in lines
     assert "  host memory   1.07 GB at most (ring and weights), 1.07 GB page-locked" in lines
     assert not any(line.startswith(("  copies", "  device", "  unexpected")) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("mapped", "first"),
+    [
+        (61_064_000_000, "Mapped 61.1 GB, 18,867 tensors in 16 shards, onto cpu in 8.00 s; 61.1 GB mapped, 0 B read"),
+        (
+            60_064_000_000,
+            "Loaded 61.1 GB, 18,867 tensors in 16 shards, onto cpu in 8.00 s; 60.1 GB mapped, 1.00 GB read",
+        ),
+    ],
+)
+def test_what_is_mapped_is_not_said_to_be_read(mapped: int, first: str) -> None:
+    read = REPORT.num_bytes - mapped
+    report = dataclasses.replace(
+        REPORT, strategy="map", device="cpu", num_copies=0, mapped_bytes=mapped, read_bytes=read
+    )
+    lines = printed(report)
+    assert lines[0] == first
+    assert any(line.startswith("  overlap") for line in lines) == bool(read)
 
 
 @pytest.mark.parametrize("text", ["[bold]no markup[/bold]", "8 [cyan]"])

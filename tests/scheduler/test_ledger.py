@@ -34,10 +34,15 @@ def pipeline() -> tuple[Hands, Ledger]:
         ({}, "other"),
         ({"reading": 1}, "disk"),
         ({"reading": 3, "copying": 1}, "disk"),
-        ({"reading": 1, "filled": 1}, "copy"),
-        ({"reading": 1, "copying": 2}, "copy"),
+        ({"reading": 1, "filled": 1}, "disk"),
+        ({"reading": 1, "copying": 2}, "disk"),
+        ({"reading": 14, "filled": 8, "copying": 8}, "disk"),
+        ({"reading": 1, "filled": 1, "copying": 2}, "copy"),
+        ({"reading": 4, "copying": 2, "starved": True}, "copy"),
+        ({"reading": 3, "starved": True}, "disk"),
         ({"copying": 1}, "copy"),
-        ({"reading": 1, "landing": 3}, "disk"),
+        ({"reading": 2, "landing": 2}, "disk"),
+        ({"reading": 1, "landing": 3}, "copy"),
         ({"landing": 2}, "copy"),
         ({"landing": 1, "binding": 1}, "copy"),
         ({"landing": 1, "filled": 1, "binding": 1}, "bind"),
@@ -49,13 +54,14 @@ def pipeline() -> tuple[Hands, Ledger]:
         ({"filled": 1, "copying": 1, "binding": 1}, "copy"),
     ],
     ids=[
-        *("nobody", "reading", "read-and-copied", "filled-waits", "copy-waits-behind-copy", "last-copy"),
-        *("read-and-landed", "landing", "bound-beside-a-landing", "filled-waits-beside-a-landing"),
+        *("nobody", "reading", "read-and-copied", "one-waits-beside-a-read", "copy-waits-behind-copy"),
+        *("readers-are-all-busy", "many-wait", "readers-find-no-slot", "nothing-to-copy-and-no-slot", "last-copy"),
+        *("read-and-landed", "mostly-landing", "landing", "bound-beside-a-landing", "filled-waits-beside-a-landing"),
         *("hashed-beside-a-landing", "hash-waits-beside-a-landing", "binding"),
         *("bound-beside-a-read", "filled-waits-for-binding", "filled-waits-for-copy"),
     ],
 )
-def test_time_goes_to_who_is_waited_for(counts: dict[str, int], phase: str) -> None:
+def test_time_goes_to_who_is_waited_for(counts: dict[str, Any], phase: str) -> None:
     hands, ledger = pipeline()
     ledger.verifies()
     ledger.change(**counts)

@@ -48,16 +48,19 @@ def fixture_tensors() -> dict[str, torch.Tensor]:
 def test_tensors_are_the_files_and_no_copies(tensors: dict[str, torch.Tensor], tmp_path: Path, num_shards: int) -> None:
     path = write_checkpoint(tmp_path / "c", tensors, num_shards=num_shards)
     model = meta_model(tensors)
+    told: list[ws.Progress] = []
     with leaves_nothing():
-        report = ws.load_sync(model, path, config=CONFIG)
+        report = ws.load_sync(model, path, config=CONFIG, on_progress=told.append)
     for name, tensor in model.state_dict().items():
         assert_same(tensor, tensors[name])
     assert report.strategy == "map"
+    assert (report.read_bytes, report.mapped_bytes) == (0, report.num_bytes)
+    last = told[-1]
+    assert (last.bytes_read, last.mapped_bytes) == (0, report.num_bytes)
+    assert last.bytes_placed == last.total_bytes == report.num_bytes
     assert report.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
     assert (report.num_copies, report.host_peak_bytes, report.device_peak_bytes) == (0, 0, 0)
-    assert report.decisions == (
-        f"map: {len(tensors)} of {len(tensors)} tensors are views of the files; the others were read",
-    )
+    assert report.decisions == (f"map: {len(tensors)} of {len(tensors)} tensors are views of the files",)
     assert sum(str(path) in file for file in mapped_files()) == num_shards
     assert sum(report.phases.values()) == pytest.approx(report.wall_s)
 
@@ -103,6 +106,7 @@ def test_tensor_that_is_not_aligned_to_its_element_is_copied(tmp_path: Path) -> 
         assert_same(tensor, tensors[name])
         assert tensor.data_ptr() % tensor.element_size() == 0
     assert report.decisions[-1] == "map: 1 of 3 tensors are views of the files; the others were read"
+    assert 0 < report.mapped_bytes == report.num_bytes - report.read_bytes < report.num_bytes
 
 
 def test_what_is_cast_or_has_storage_is_read(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -115,6 +119,8 @@ def test_what_is_cast_or_has_storage_is_read(tensors: dict[str, torch.Tensor], t
         assert_same(tensor, tensors[name] if name == "t0" else tensors[name].double())
     assert model.t0.data_ptr() == own.data_ptr()
     assert report.decisions[-1].startswith("map: 0 of 7")
+    assert (report.read_bytes, report.mapped_bytes) == (report.num_bytes, 0)
+    assert report.cast_bytes == report.num_bytes - own.nbytes
     assert not any(str(path) in file for file in mapped_files())
 
 

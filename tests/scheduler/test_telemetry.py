@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,16 @@ async def test_loads_bytes_and_durations_are_counted(rig: Rig, path: Path, host:
     assert points["weightstream.read.io"][1][0].value == sum(report.num_bytes for report in reports)
     duration = points["weightstream.load.duration"][1][0]
     assert (duration.count, duration.explicit_bounds[0]) == (2, 0.1)
+
+
+async def test_what_is_mapped_is_not_counted_as_read(make_rig: Callable[..., Rig], path: Path, host: Host) -> None:
+    async with make_rig("host").loader(strategy="map") as loader:
+        report = await loader.load(on_meta(), path)
+    assert report.mapped_bytes > 0
+    attributes = dict(host.spans()["weightstream.load"].attributes or {})
+    assert attributes["weightstream.mapped.size"] == report.mapped_bytes
+    assert attributes["weightstream.read.size"] == report.num_bytes - report.mapped_bytes
+    assert host.points()["weightstream.read.io"][1][0].value == report.read_bytes
 
 
 async def test_failed_load_is_an_error_and_counted_by_its_type(rig: Rig, path: Path, host: Host) -> None:
