@@ -133,7 +133,8 @@ class Filling:
             read = object()
             part = ByteRange(fill.chunk.source.shard, begin, end)
             self.reads[read] = Read(part.shard, begin, course.clock.now())
-            course.ledger.change(reading=1, starved=self._are_others_starved())
+            course.ledger.change(reading=1)
+            course.ledger.starved = self._are_others_starved()
             number = self._tuner.begin() if fill.tuned else None
         return lambda: self._read(read, fill, part, number)
 
@@ -205,7 +206,8 @@ class Filling:
                 if self._waits_since_s is None:
                     self._waits_since_s = self._course.clock.now()
                 if not self._course.ledger.starved:
-                    self._course.ledger.change(starved=True)
+                    self._course.ledger.change()
+                    self._course.ledger.starved = True
                 return None
         self._waits_since_s = None
         self._next += 1

@@ -38,7 +38,7 @@ class Ledger:
 
     Attributes:
         copies: whether what is read is copied; else it is only let go again, as a part of reading.
-        starved: whether a reader has nothing to do because no slot is free.
+        starved: whether a reader has nothing to do because no slot is free. To be changed after `change`.
     """
 
     def __init__(self, now: Callable[[], float], recorder: Recorder | None = None) -> None:
@@ -105,9 +105,8 @@ class Ledger:
         filled: int = 0,
         copying: int = 0,
         binding: int = 0,
-        starved: bool | None = None,
     ) -> None:
-        """Book the time until now, then add to the counts of chunks in each state, and say whether readers are starved."""
+        """Book the time until now, then add to the counts of chunks in each state."""
         now = self._now()
         last, self._last = self._last, now
         spent, phase = now - last, self._phase()
@@ -127,8 +126,6 @@ class Ledger:
         self.filled += filled
         self.copying += copying
         self.binding += binding
-        if starved is not None:
-            self.starved = starved
 
     def _phase(self) -> str:
         if self._section not in ("disk", "pipeline"):
