@@ -54,8 +54,8 @@ async def test_chunks_that_wait_for_others_copies_are_recorded(make_rig: MakeRig
     spent: dict[str, float] = {}
     for phase in timeline.phases:
         spent[phase.name] = spent.get(phase.name, 0.0) + phase.end_s - phase.begin_s
-    assert {name: seconds for name, seconds in spent.items() if seconds} == {"disk": 2, "copy": 15}
-    assert {name: seconds for name, seconds in report.phases.items() if seconds} == {"disk": 2, "copy": 15}
+    assert {name: seconds for name, seconds in spent.items() if seconds} == {"disk": 4, "copy": 13}
+    assert {name: seconds for name, seconds in report.phases.items() if seconds} == {"disk": 4, "copy": 13}
     edges = [*[phase.begin_s for phase in timeline.phases][1:], report.wall_s]
     assert [phase.end_s for phase in timeline.phases] == edges  # no gaps
 
