@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import growth, machine
-from benchmarks.arms import all_arms, arms_for
 from benchmarks.charts import draw_comparison, draw_growth
 from benchmarks.checkpoints import LARGE, LLAMA, SMALL, Recipe, write
+from benchmarks.registry import all_arms, arms_for
 from benchmarks.run import Series, Setting, measure_all
 from benchmarks.tables import comparison
 

@@ -1,4 +1,4 @@
-"""What an arm of the comparison is: a loader, how its model begins, and what it needs. The arms are in `ours`, `peers`."""
+"""What an arm of the comparison is: a loader, how its model begins, and what it needs. They are in `ours` and `peers`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.checkpoints import Recipe, build
 
-__all__ = ["Arm", "Case", "SkippedError", "all_arms", "arms_for"]
+__all__ = ["Arm", "Case", "SkippedError"]
 
 Group = Literal["weightstream", "peer", "ceiling"]
 
@@ -106,25 +106,3 @@ class Arm:
         except PackageNotFoundError:
             return f"{self.package} is not installed"
         return None
-
-
-def all_arms() -> dict[str, Arm]:
-    """Return every arm by its key: ours first, then the peers, then the ceilings."""
-    from benchmarks import ours, peers  # noqa: PLC0415 - they import this module
-
-    return {arm.key: arm for arm in (*ours.ARMS, *peers.ARMS, *ours.CEILINGS)}
-
-
-def arms_for(family: str, device: str, cache: str, wanted: Sequence[str] = ()) -> list[Arm]:
-    """Return the arms for a recipe's family, a type of device and a state of the page cache.
-
-    `wanted` chooses by key; empty: the default ones.
-    """
-    return [
-        arm
-        for arm in all_arms().values()
-        if family in arm.families
-        and device in arm.devices
-        and cache in arm.caches
-        and (arm.key in wanted if wanted else arm.default)
-    ]

@@ -22,7 +22,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from benchmarks.arms import Arm, Case, SkippedError, all_arms
+from benchmarks.arms import Arm, Case, SkippedError
 from benchmarks.checkpoints import Recipe, build, shards_of
 from benchmarks.memory import (
     cpu_seconds,
@@ -32,6 +32,7 @@ from benchmarks.memory import (
     status_bytes,
     touch,
 )
+from benchmarks.registry import all_arms
 from benchmarks.residency import evict, fill
 from benchmarks.verify import verify
 from weightstream import pagecache

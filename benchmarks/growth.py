@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.arms import all_arms
 from benchmarks.checkpoints import Recipe
+from benchmarks.registry import all_arms
 from benchmarks.run import Series, Setting
 from benchmarks.summary import Line, Summary, fit, fit_power, summarise
 from benchmarks.tables import seconds, table
