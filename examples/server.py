@@ -10,6 +10,9 @@ While a server awaits its lifespan it answers nothing and takes no notice of SIG
 preflight, which makes start-up fail where the checkpoint is wrong, and leaves the rest to a task. `/health/live`
 answers at once, `/health/ready` with 503 and how far the weights are, until they are there; a load that fails ends the
 process with exit code 1.
+
+Where transformers makes other tensors of the checkpoint's (it merges the experts of most mixture-of-experts models), or
+has to read them itself, `from_pretrained_async` loads the model: nothing tells then how far the weights are.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import argparse
 import asyncio
 import logging
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -34,8 +37,9 @@ from pydantic import BaseModel, Field
 from torch import nn
 from transformers import GenerationMixin
 
-from weightstream import LoadCancelledError, Loader, LoaderConfig, LoadHandle
-from weightstream.integrations.transformers import build_on_meta
+from weightstream import Loader, LoaderConfig, LoadHandle
+from weightstream.errors import UnsupportedFormatError
+from weightstream.integrations.transformers import build_on_meta, from_pretrained_async
 
 logger = logging.getLogger("server")
 
@@ -78,32 +82,34 @@ class Service:
         """Start the load; end whatever is left of it with the server."""
         if self._config.checkpoint is None:
             raise ValueError("the configuration names no checkpoint")
-        device = _device(self._config.device.target)
-        model = await asyncio.to_thread(build_on_meta, self._config.checkpoint, device=device)
+        checkpoint, device = self._config.checkpoint, _device(self._config.device.target)
         async with Loader(self._config) as loader:  # leaving it cancels the load, and waits until nothing is left
-            self._handle = await loader.start(model)
-            watcher = asyncio.create_task(self._watch(self._handle, model))
+            work: Awaitable[nn.Module]
+            try:
+                model = await asyncio.to_thread(build_on_meta, checkpoint, device=device)
+            except UnsupportedFormatError as error:
+                logger.info("from_pretrained loads it: %s", error)
+                work = from_pretrained_async(checkpoint, config=self._config)
+            else:
+                self._handle = await loader.start(model)
+                work = _loaded(self._handle, model)
+            watcher = asyncio.create_task(self._watch(work))
             yield
-            await self._handle.cancel()
-            await watcher
+            watcher.cancel()
+            await asyncio.wait([watcher])
 
-    async def _watch(self, handle: LoadHandle, model: nn.Module) -> None:
+    async def _watch(self, work: Awaitable[nn.Module]) -> None:
         try:
-            report = await handle.wait()
-        except LoadCancelledError:
-            return
+            self._model = (await work).eval()
         except Exception:
             logger.exception("the weights could not be loaded")
             self.failed = True
             self._stop()
-        else:
-            logger.info("ready after %.2f s: %s", report.wall_s, report.reason)
-            self._model = model.eval()
 
     def progress(self) -> dict[str, float | None]:
-        """Say how far the weights are. The time that is left supposes that it goes on as it did."""
+        """Say how far the weights are, if that is known. The time that is left supposes that it goes on as it did."""
         if self._handle is None:
-            return {"percent": 0.0, "bytes": 0, "total_bytes": 0, "eta_s": None}
+            return {"percent": None, "bytes": None, "total_bytes": None, "eta_s": None}
         now = self._handle.progress
         share = now.bytes_placed / now.total_bytes if now.total_bytes else 0.0
         return {
@@ -123,6 +129,13 @@ class Service:
             raise HTTPException(422, f"the model knows the tokens 0 to {num_tokens - 1}")
         async with self._turn:
             return await asyncio.to_thread(_generate, model, request)
+
+
+async def _loaded(handle: LoadHandle, model: nn.Module) -> nn.Module:
+    """Return the model when its weights are there."""
+    report = await handle.wait()
+    logger.info("ready after %.2f s: %s", report.wall_s, report.reason)
+    return model
 
 
 def _device(target: str) -> torch.device:

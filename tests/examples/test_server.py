@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import os
 import signal
 import socket
@@ -21,11 +23,13 @@ from tests.builders import flip, write_sums
 from tests.documents import blocks, commands_in
 from tests.fakes.filesystem import Behaviour, Fault, Speed, mounted
 from tests.fakes.fuse import why_not
+from weightstream import LoaderConfig
 
 httpx = pytest.importorskip("httpx")
 for package in ("fastapi", "uvicorn", "opentelemetry.exporter.prometheus"):
     pytest.importorskip(package)
 transformers: Any = pytest.importorskip("transformers")
+from tests.real.families import save_small  # noqa: E402 - which is not there without transformers
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -219,6 +223,36 @@ def test_checkpoint_that_is_wrong_makes_start_up_fail(tmp_path: Path, checkpoint
     with serving("server.py", configured(tmp_path, wrong)) as server:
         assert server.end() > 0  # 3 from newer versions of uvicorn
         assert "HeaderError" in server.log
+
+
+def test_checkpoint_that_transformers_converts_is_served_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It merges the experts, so `build_on_meta` refuses it. In this process: what uvicorn adds is tested above."""
+    save_small("qwen3-moe", folder := tmp_path / "moe", dtype=torch.float32)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    server: Any = importlib.import_module("server")
+    config = LoaderConfig.from_yaml(configured(tmp_path, folder))
+    stopped: list[bool] = []
+
+    async def serve(config: LoaderConfig) -> list[int] | None:
+        service = server.Service(config, lambda: stopped.append(True))
+        async with service.lifespan(None):
+            assert service.progress()["percent"] is None
+            while not (service.is_ready or service.failed):  # noqa: ASYNC110 - the service tells nobody
+                await asyncio.sleep(0.01)
+            if service.failed:
+                return None
+            found: list[int] = (await service.generate(server.Request(token_ids=PROMPT))).token_ids
+            return found
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    expected = model.generate(torch.tensor([PROMPT]), max_new_tokens=16, do_sample=False)[0].tolist()
+    assert asyncio.run(serve(config)) == expected
+    assert not stopped
+    write_sums(folder)
+    flip(max(folder.glob("*.safetensors")), -1)
+    verified = LoaderConfig.from_yaml(configured(tmp_path, folder, "prefetch: {verify: sha256}\n"))
+    assert asyncio.run(serve(verified)) is None
+    assert stopped
 
 
 def test_short_server_serves_when_its_weights_are_there(checkpoint: Path) -> None:
