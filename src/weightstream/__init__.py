@@ -7,8 +7,8 @@ first used. Code that starts loads on an event loop should use them once before 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # typing's: the command must be able to answer Ctrl-C before that is imported
 if TYPE_CHECKING:
     __version__: str
     from weightstream.api import Loader, iter_tensors, load, load_sync

@@ -1,17 +1,19 @@
 """The `weightstream` command: from the process's start to its exit code. The commands themselves are in `commands`.
 
-Exit codes: 0 done, 1 the load failed, 2 usage or configuration, 130 interrupted (143 by SIGTERM).
+Exit codes are described in `complaints`. Nothing is imported before Ctrl-C can be answered that is not needed for that:
+it would be a traceback.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import sys
-from pathlib import Path
-from typing import NoReturn, TextIO
 
 from weightstream.shutdown import Shutdown
+
+TYPE_CHECKING = False  # typing's; see the module
+if TYPE_CHECKING:
+    from typing import NoReturn, TextIO
 
 __all__ = ["main"]
 
@@ -21,7 +23,6 @@ def main() -> NoReturn:
     shutdown = Shutdown()
     shutdown.install()
     _buffer_output()
-    # Not before: Ctrl-C while this is imported would be a traceback.
     from weightstream.commands import run  # noqa: PLC0415
 
     code = run(sys.argv[1:], shutdown)
@@ -38,9 +39,11 @@ def _buffer_output() -> None:
 
     Without one, Python forgets what a full disk has not taken of a long text, and no error is raised.
     """
+    import io  # noqa: PLC0415 - see the module
+
     output: TextIO | None = sys.stdout  # none where the process was given none
     if output is None:  # a file that got its descriptor would be written to, and the event loop aborts the process
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - as long as the process
         return
     raw = getattr(output, "buffer", None)
     if isinstance(raw, io.RawIOBase):

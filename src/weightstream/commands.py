@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from weightstream.complaints import DONE, FAILED, explain, logging_to_stderr
+from weightstream.complaints import DONE, EXIT_CODES, FAILED, explain, logging_to_stderr
 from weightstream.shutdown import Shutdown
 
 if TYPE_CHECKING:
@@ -97,20 +98,28 @@ def _timeline(command: F) -> F:
     )(command)
 
 
+#: The lines stay as they are (click's \b).
+_EPILOG = "\b\nExit codes:\n" + "\n".join(
+    textwrap.fill(f"{code:<4} {meaning}", 78, initial_indent="  ", subsequent_indent=" " * 7)
+    for code, meaning in EXIT_CODES.items()
+)
+
+
 class _Commands(click.Group):
-    """Lists the commands in the order in which a new user needs them, not by alphabet."""
+    """Lists the commands in the order in which a new user needs them, not by alphabet; all tell the exit codes."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        cmd.epilog = _EPILOG
+        super().add_command(cmd, name)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="weightstream", message="%(prog)s %(version)s")
 def _weightstream() -> None:
-    """Fill PyTorch models from checkpoints as fast as disk and bus allow.
-
-    Exit codes: 0 done, 1 the load failed, 2 usage or configuration, 130 interrupted.
-    """
+    """Fill PyTorch models from checkpoints as fast as disk and bus allow."""
 
 
 @_weightstream.command()

@@ -17,9 +17,18 @@ from weightstream.errors import WeightstreamError
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-__all__ = ["DONE", "FAILED", "MISUSED", "ConfigurationError", "explain", "logging_to_stderr"]
+__all__ = ["DONE", "EXIT_CODES", "FAILED", "MISUSED", "ConfigurationError", "explain", "logging_to_stderr"]
 
 DONE, FAILED, MISUSED = 0, 1, 2
+
+#: What each exit code of each command means: the end of every --help, and a table in docs/errors.md.
+EXIT_CODES = {
+    DONE: "done; also where the reader of the output has gone away, and after SIGTERM under `warm --hold`",
+    FAILED: "it failed: the load, a measurement, or the output; of `verify` also: a file is wrong, or nobody says what is right",
+    MISUSED: "usage or configuration",
+    130: "interrupted (SIGINT, Ctrl-C)",
+    143: "ended by SIGTERM",
+}
 
 #: What writing to standard output fails with, of which Python does not say that it was that.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

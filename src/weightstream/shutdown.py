@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import select
 import signal
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from types import FrameType
-from typing import NoReturn
+
+TYPE_CHECKING = False  # typing's; see the module
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from types import FrameType
+    from typing import NoReturn
 
 __all__ = ["Shutdown", "tell"]
 
@@ -92,8 +94,10 @@ class Shutdown:
     def _end(self) -> NoReturn:
         """End the process without Python's finalisation, which would wait for threads and could be interrupted."""
         for clean_up in reversed(self.cleanups):
-            with suppress(Exception):
+            try:  # noqa: SIM105 - contextlib takes long to import
                 clean_up()
+            except Exception:  # noqa: BLE001, S110 - the others must have their turn
+                pass
         code = self.codes[self._signal]
         if code:
             tell("interrupted\n")
@@ -102,6 +106,8 @@ class Shutdown:
 
 def tell(text: str) -> None:
     """Write to standard error if that is possible at once: past Python's buffers, whose lock somebody may hold."""
-    with suppress(OSError, ValueError):
+    try:
         if select.select([], [2], [], 0)[1]:
             os.write(2, text.encode())
+    except (OSError, ValueError):
+        pass

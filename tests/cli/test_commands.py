@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import click
 import pytest
 
 from tests.cli.conftest import ROOT, Run
+from weightstream.complaints import DONE, EXIT_CODES, FAILED, MISUSED
+from weightstream.shutdown import Shutdown
 
 COMMANDS = ["demo", "warm", "inspect", "verify", "bench", "schema"]
 
@@ -19,16 +23,33 @@ COMMANDS = ["demo", "warm", "inspect", "verify", "bench", "schema"]
 def test_help_lists_the_commands_in_the_order_of_use(weightstream: Run) -> None:
     result = weightstream("--help")
     assert result.code == 0
-    names = [line.split()[0] for line in result.out.partition("Commands:")[2].splitlines() if line.strip()]
+    listed = result.out.partition("Commands:")[2].partition("Exit codes:")[0]
+    names = [line.split()[0] for line in listed.splitlines() if line.strip()]
     assert names == COMMANDS
-    assert "130 interrupted" in " ".join(result.out.split())
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(weightstream: Run, command: str) -> None:
-    result = weightstream(command, "-h")
+def told(text: str) -> dict[int, str]:
+    """The exit codes at the end of a help."""
+    lines = text.partition("Exit codes:\n")[2]
+    return {
+        int(code): " ".join(said.split())
+        for code, said in re.findall(r"^ +(\d+) +(.*(?:\n {9}.*)*)", lines, re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_every_command_has_help_with_every_exit_code(weightstream: Run, command: str) -> None:
+    result = weightstream(*command.split(), "-h")
     assert result.code == 0
-    assert result.out.startswith(f"Usage: weightstream {command}")
+    assert result.out.startswith(f"Usage: weightstream {command}".strip())
+    assert told(result.out) == EXIT_CODES
+
+
+def test_exit_codes_are_all_that_there_are_and_the_page_has_them() -> None:
+    usage = click.UsageError("").exit_code, click.ClickException("").exit_code
+    assert set(EXIT_CODES) == {DONE, FAILED, MISUSED, *Shutdown().codes.values()} >= set(usage)
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", (ROOT / "docs/errors.md").read_text(), re.MULTILINE)
+    assert {int(code): said for code, said in rows} == EXIT_CODES
 
 
 @pytest.mark.parametrize(
@@ -44,6 +65,16 @@ def test_what_loads_nothing_does_not_import_torch(args: list[str]) -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'anyio', 'rich')))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False, capture_output=True).returncode == 0
+
+
+def test_next_to_nothing_is_imported_before_ctrl_c_is_answered() -> None:
+    """Until then it ends in a traceback. Without `site`, which imports some of these where the package is a link."""
+    early = "'argparse', 'contextlib', 'inspect', 'pathlib', 're', 'typing'"
+    program = f"import sys; sys.path.insert(0, 'src'); import weightstream.cli; sys.exit(str({{{early}}} & sys.modules.keys()))"
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", program], check=False, capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.stderr == "set()\n"
 
 
 def test_module_runs_like_the_command() -> None:
