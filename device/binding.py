@@ -13,7 +13,7 @@ which only a device that breaks can stop.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -39,12 +39,21 @@ class Binder:
     Args:
         placement: what goes where.
         stage: where the tensors come from.
+        versions: what the checkpoint says of modules, by their names.
         atomic: change nothing before `finish`.
     """
 
-    def __init__(self, placement: Placement, stage: DeviceStage, *, atomic: bool = False) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        stage: DeviceStage,
+        *,
+        versions: Mapping[str, Mapping[str, object]] | None = None,
+        atomic: bool = False,
+    ) -> None:
         self._placement = placement
         self._stage = stage
+        self._versions = versions or {}
         self._is_atomic = atomic
         #: What is to be exchanged in the end: parameters, and the tensors for them; and the names that become usable.
         self._waiting: list[torch.Tensor] = []
@@ -118,8 +127,11 @@ class Binder:
         self._stage.free(turn.beside)
         return ready
 
-    def finish(self) -> list[str]:
+    def finish(self, check: Callable[[], None] = lambda: None) -> list[str]:
         """Place what could not be placed tensor by tensor, or everything; return the names that became usable.
+
+        Args:
+            check: called before each module that loads itself. What it raises ends the load.
 
         Raises:
             PlacementError: two names of one tied tensor have different bytes, or a module's own hooks failed.
@@ -127,9 +139,9 @@ class Binder:
         ready, self._ready = self._ready, []
         placement = self._placement
         if self._is_atomic:
-            self._stage.run(lambda: self._commit(ready))
+            self._stage.run(lambda: self._commit(ready, check))
         elif placement.doubles or placement.strided or placement.shared or placement.subtrees:
-            self._stage.run(lambda: self._finish_staged(ready))
+            self._stage.run(lambda: self._finish_staged(ready, check))
         return ready
 
     def rollback(self) -> None:
@@ -185,18 +197,18 @@ class Binder:
         self._write([place for place in places if place.name in self._staged], ready)  # `bind` has written parts
 
     @torch.no_grad()
-    def _finish_staged(self, ready: list[str]) -> None:
+    def _finish_staged(self, ready: list[str], check: Callable[[], None]) -> None:
         self._write([place for place in self._placement.strided if place.name in self._staged], ready)
         self._write_shared(ready)
         self._compare_doubles()
-        self._load_subtrees(ready)
+        self._load_subtrees(ready, check)
 
     @torch.no_grad()
-    def _commit(self, ready: list[str]) -> None:
+    def _commit(self, ready: list[str], check: Callable[[], None]) -> None:
         """Change the whole model; see the module for the order."""
         placement = self._placement
         self._compare_doubles()
-        self._load_subtrees(ready)
+        self._load_subtrees(ready, check)
         self._keep((place.name, tensor_of(place)) for place in placement.shared)
         self._write_shared(ready)
         self._exchange(self._waiting, self._loaded)
@@ -239,9 +251,12 @@ class Binder:
             loaded = tensor_of(first) if found is None else found
             self._compare(first, loaded, self._staged.pop(second.name), second)
 
-    def _load_subtrees(self, ready: list[str]) -> None:
+    def _load_subtrees(self, ready: list[str], check: Callable[[], None]) -> None:
         for subtree in filter(self._placement.wants, self._placement.subtrees):
-            keys = self._said.pop(id(subtree), None) or self._load_subtree(subtree, ready)
+            keys = self._said.pop(id(subtree), None)
+            if keys is None:
+                check()
+                keys = self._load_subtree(subtree, ready)
             self._note_keys(subtree, _described(subtree), keys.missing_keys, keys.unexpected_keys)
             self._placement.loaded_themselves.append(_described(subtree))
 
@@ -296,7 +311,8 @@ class Binder:
         keys = Keys([], [])
         errors: list[str] = []
         try:
-            load_module(subtree.module, {**state, **subtree.extras}, subtree.prefix, keys, errors, assign=assign)
+            given = {**state, **subtree.extras}
+            load_module(*(subtree.module, given, subtree.prefix, keys, errors), versions=self._versions, assign=assign)
             if errors:
                 raise RuntimeError("; ".join(errors))  # noqa: TRY301 (mapped like those that hooks raise)
         except Exception as exc:

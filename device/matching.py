@@ -88,6 +88,8 @@ def match(  # noqa: C901, PLR0912 (one loop over all tensors)
     as_declared = config.dtype == "model"
     unexpected: list[str] = []
     in_place: list[int] = []
+    last_states = found.last_states({**stored, **(extras or {})}) if found.again else {}
+    stands_for = {last: first for first, last in last_states.items()}
     all_at = list(map(find, stored, repeat(-1)))  # in one go: most of it is waiting for memory
     for (name, spec), at in zip(stored.items(), all_at, strict=True):
         target = special.get(at) if special else None
@@ -97,7 +99,10 @@ def match(  # noqa: C901, PLR0912 (one loop over all tensors)
                 continue
             index, device = chosen, placement.devices[chosen]
         if at < 0 or (target is not None and target.subtree is not None):
-            if not _place_specially(placement, found, name, spec, target, config, index):
+            if name in last_states:  # another one counts
+                continue
+            own_name = stands_for.get(name, name)
+            if not _place_specially(placement, found, name, own_name, spec, target, config, index):
                 # Checkpoints of older versions hold what is computed by now: position numbers, rotary tables.
                 (placement.note_computed if name in found.own_buffers else unexpected.append)(name)
                 continue
@@ -113,7 +118,8 @@ def match(  # noqa: C901, PLR0912 (one loop over all tensors)
             names.extend(target.names)
     if in_place:
         _find_shared(placement, in_place)
-    unexpected += _give_extras(found.subtrees, extras or {}, devices)
+    counting = {name: make for name, make in (extras or {}).items() if name not in last_states}
+    unexpected += _give_extras(found.subtrees, counting, stands_for, devices)
     missing: list[str] = []
     if len(names) < len(found.index_of) or placement.subtrees:
         known = {*names, *placement.unloaded}
@@ -157,18 +163,22 @@ def _leave_on_meta(placement: Placement, found: Targets, devices: DeviceMap) -> 
 
 
 def _give_extras(
-    subtrees: list[Subtree], extras: Mapping[str, Callable[[], object]], devices: DeviceMap | None
+    subtrees: list[Subtree],
+    extras: Mapping[str, Callable[[], object]],
+    stands_for: Mapping[str, str],
+    devices: DeviceMap | None,
 ) -> list[str]:
     """Give extra state to the modules that load themselves; return the names of what is left."""
     left: list[str] = []
     for name, make in extras.items():
         if devices is not None and devices.index_of(name) is None:
             continue
-        subtree = _enclosing(subtrees, name)
+        own_name = stands_for.get(name, name)
+        subtree = _enclosing(subtrees, own_name)
         if subtree is None:
             left.append(name)
         else:
-            subtree.extras[name] = make()
+            subtree.extras[own_name] = make()
     return left
 
 
@@ -219,15 +229,18 @@ def _place_specially(
     placement: Placement,
     found: Targets,
     name: str,
+    own_name: str,
     spec: Stored,
     target: Target | None,
     config: DeviceConfig,
     device: int,
 ) -> bool:
     """Place a tensor that a module loads itself; return false for one that has no place at all."""
-    subtree = target.subtree if target is not None else _enclosing(found.subtrees, name)
+    subtree = target.subtree if target is not None else _enclosing(found.subtrees, own_name)
     if subtree is None:
         return False
+    if own_name != name:
+        subtree.stand_ins[name] = own_name
     place = _subtree_place(name, spec, target, subtree, config, device)
     subtree.places.append(place)
     placement.places.append(place)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -39,19 +39,34 @@ class Keys(NamedTuple):
 
 
 def load_module(
-    module: nn.Module, state: dict[str, object], prefix: str, keys: Keys, errors: list[str], *, assign: bool
+    module: nn.Module,
+    state: dict[str, object],
+    prefix: str,
+    keys: Keys,
+    errors: list[str],
+    *,
+    versions: Mapping[str, Mapping[str, object]],
+    assign: bool,
 ) -> None:
-    """Do what `nn.Module.load_state_dict` does for one module and those below, with names as in the whole model."""
-    metadata = {"assign_to_params_buffers": assign}
+    """Do what `nn.Module.load_state_dict` does for one module and those below, with names as in the whole model.
+
+    `versions` is what the checkpoint says of modules, by their names, as the `_metadata` of a state dict.
+    """
+    metadata = dict(versions.get(prefix[:-1], {}))
+    if assign:
+        metadata["assign_to_params_buffers"] = True
     load = cast("Callable[..., None]", module._load_from_state_dict)  # pyright: ignore[reportUnknownMemberType]
     load(state, prefix, metadata, True, keys.missing_keys, keys.unexpected_keys, errors)
     for name, child in module._modules.items():
         if child is not None:
             below = {key: value for key, value in state.items() if key.startswith(f"{prefix}{name}.")}
-            load_module(child, below, f"{prefix}{name}.", keys, errors, assign=assign)
+            load_module(child, below, f"{prefix}{name}.", keys, errors, versions=versions, assign=assign)
     hooks = cast("dict[int, Callable[[nn.Module, Keys], object]]", vars(module)["_load_state_dict_post_hooks"])
     for hook in hooks.values():
-        hook(module, keys)
+        if hook(module, keys) is not None:
+            raise RuntimeError(
+                "a hook after loading returned a value, where it may only change the keys that it is given"
+            )
 
 
 def restore(target: Target) -> torch.Tensor | None:

@@ -65,6 +65,7 @@ class Subtree:
         tied: those, which others load.
         places: what it is given.
         extras: and besides, by name: extra state that is no tensor.
+        stand_ins: names of the checkpoint of what counts instead of what has the module's own name, which these lead to.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -76,11 +77,12 @@ class Subtree:
         self.tied: list[Target] = []
         self.places: list[Place] = []
         self.extras: dict[str, object] = {}
+        self.stand_ins: dict[str, str] = {}
 
     def own_name(self, name: str, target: Target | None) -> str:
         """Return the name by which the module knows a tensor, which may be tied to one elsewhere."""
         if target is None or name.startswith(self.prefix):
-            return name
+            return self.stand_ins.get(name, name)
         return next((own for own in target.names if own.startswith(self.prefix)), name)
 
 
@@ -117,6 +119,19 @@ class Targets:
     def is_double(self, name: str, names: Collection[str]) -> bool:
         """Tell whether a name that is no tensor's is, under the first prefix of its module, among these as well."""
         return any(name.startswith(one) and home + name[len(one) :] in names for one, home in self.again.items())
+
+    def last_states(self, names: Collection[str]) -> dict[str, str]:
+        """Return which extra state counts of modules that have it under several names: the last, by the name of the first.
+
+        `load_state_dict` gives a module what is there under each of its names, in the order in which these are registered.
+        """
+        states = [name for name in names if name.endswith("_extra_state")] if self.again else []
+        last: dict[str, str] = {}
+        for one, home in self.again.items():
+            for name in states:
+                if name.startswith(one) and home + name[len(one) :] in names:
+                    last[home + name[len(one) :]] = name
+        return last
 
     def first_name(self, name: str) -> str:
         """Return the first name of a tensor that may have several."""

@@ -9,6 +9,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,7 +22,8 @@ from weightstream.prefetch.hashing import FileHash
 from weightstream.prefetch.header import TensorSpec, read_header
 from weightstream.prefetch.index import check_index, read_index
 from weightstream.prefetch.opening import Shard, files_hint, identity_of, is_out_of_files, open_shard, resolve
-from weightstream.prefetch.torchfile import read_torch_file
+from weightstream.prefetch.torchfile import Contents, read_torch_file
+from weightstream.prefetch.versions import Versions, merge_versions
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -41,6 +43,7 @@ class Checkpoint:
             checkpoint was opened to be verified.
         index: what the index was (see `identity_of`) before it was read; None if there is none.
         extras: what files of `torch.save` hold for single modules besides tensors, by name.
+        versions: and what they say of modules, by their names.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Checkpoint:
         hashes: tuple[FileHash, ...] = (),
         index: tuple[int, int, int, int] | None = None,
         extras: Mapping[str, ExtraState] | None = None,
+        versions: Versions | None = None,
     ) -> None:
         self.path = path
         self.shards = shards
@@ -60,6 +64,7 @@ class Checkpoint:
         self.hashes = hashes
         self.index = index
         self.extras: Mapping[str, ExtraState] = extras or {}
+        self.versions: Versions = versions or {}
         self._closed = False
 
     @property
@@ -148,7 +153,7 @@ def open_checkpoint(
         refuse_rivals(listed_in.parent, [listed_in.name, *rivals])
     anywhere = allow_outside_links or (weight_map is None and found.named)
     shards: list[Shard] = []
-    headers: list[list[TensorSpec]] = []
+    headers: list[Contents] = []
     begun: list[FileHash] = []
     extras: dict[str, ExtraState] = {}
     notes = list(found.notes)
@@ -157,29 +162,35 @@ def open_checkpoint(
         for number, name in enumerate(names):
             opens = functools.partial(open_shard, root, name, listed_in, allow_outside_links=anywhere)
             opened = functools.partial(_open, opens, name, number, files, hashes=hashes)
-            shard, header, said, extra, hashed = attempts.call(opened, root / name)
+            shard, header, hashed = attempts.call(opened, root / name)
             shards.append(shard)
             headers.append(header)
-            notes += said
-            extras |= extra
+            notes += header.notes
+            extras |= header.extras
             begun += [] if hashed is None else [hashed]
-        tensors = {spec.name: spec for header in headers for spec in header}
+        tensors = {spec.name: spec for header in headers for spec in header.specs}
         if weight_map is not None:
             for name in extras:  # an index need not list what is no tensor
                 weight_map.pop(name, None)
-            check_index(listed_in, weight_map, tensors, dict(zip(names, headers, strict=True)))
+            check_index(
+                listed_in,
+                weight_map,
+                tensors,
+                {name: header.specs for name, header in zip(names, headers, strict=True)},
+            )
     except BaseException as error:
         for shard in shards:
             os.close(shard.fd)
         if isinstance(error, ReadError) and is_out_of_files(error.__cause__):
             error.hint = files_hint(len(names))
         raise
-    return Checkpoint(listed_in, tuple(shards), tensors, tuple(notes), tuple(begun), seen, extras)
+    versions = merge_versions([(chain((spec.name for spec in one.specs), one.extras), one.versions) for one in headers])
+    return Checkpoint(listed_in, tuple(shards), tensors, tuple(notes), tuple(begun), seen, extras, versions)
 
 
 def _open(
     opens: Callable[[], Shard], name: str, number: int, files: dict[tuple[int, ...], str], *, hashes: bool
-) -> tuple[Shard, list[TensorSpec], list[str], dict[str, ExtraState], FileHash | None]:
+) -> tuple[Shard, Contents, FileHash | None]:
     """Open one shard, read its header, and begin its hash, if there is to be one.
 
     `files`: the identities of those that are open, with their names.
@@ -188,21 +199,20 @@ def _open(
     try:
         _check_new(shard, name, files)
         hashed = FileHash() if hashes else None
-        specs, said, extras = _read_tensors(shard, number, hashed)
+        header = _read_tensors(shard, number, hashed)
     except BaseException:
         os.close(shard.fd)
         raise
-    return shard, specs, said, extras, hashed
+    return shard, header, hashed
 
 
-def _read_tensors(
-    shard: Shard, number: int, begun: FileHash | None
-) -> tuple[list[TensorSpec], list[str], dict[str, ExtraState]]:
-    """Return a shard's tensors, what is to be said about the rest of it, and extra state."""
+def _read_tensors(shard: Shard, number: int, begun: FileHash | None) -> Contents:
+    """Return a shard's tensors, and what else is in it: in safetensors, nothing."""
     file = str(shard.path)
     if shard.path.suffix not in _TORCH_SUFFIXES:
         on_bytes = None if begun is None else begun.update
-        return read_header(shard.fd, shard.num_bytes, file=file, shard=number, on_bytes=on_bytes), [], {}
+        specs = read_header(shard.fd, shard.num_bytes, file=file, shard=number, on_bytes=on_bytes)
+        return Contents(specs, [], {}, {})
     # What says where the tensors are stands behind them, so all of the file is hashed when they are read.
     return read_torch_file(shard.fd, shard.num_bytes, file=file, shard=number)
 

@@ -25,6 +25,7 @@ __all__ = [
     "MAX_PICKLE_BYTES",
     "OPAQUE",
     "PickledBytes",
+    "PickledDict",
     "PickledSet",
     "PickledTensor",
     "Storage",
@@ -71,6 +72,12 @@ class PickledBytes(msgspec.Struct, frozen=True):
 
     text: str
     is_array: bool = False
+
+
+class PickledDict(OrderedDict[object, object]):
+    """An OrderedDict. `metadata` is what the pickle gives it as its attribute `_metadata`, unchecked; None: nothing."""
+
+    metadata: object = None
 
 
 class PickledSet(msgspec.Struct, frozen=True):
@@ -169,9 +176,12 @@ class _Tensors:
         return storage
 
     def attributes(self, target: object, state: object) -> None:
-        """Leave them out: those of an OrderedDict are the versions of modules, which loading does not need."""
-        if not isinstance(target, OrderedDict) or type(state) is not dict:
+        """Take note of the versions of modules, which torch gives the state dict along; leave out what else there is."""
+        if not isinstance(target, PickledDict) or type(state) is not dict:
             raise MalformedError("attributes for what has none")
+        given = cast("dict[object, object]", state)
+        if "_metadata" in given:
+            target.metadata = given["_metadata"]
 
     def call(self, function: object, arguments: object) -> object:
         if not isinstance(function, _Function) or not isinstance(arguments, tuple):
@@ -241,7 +251,7 @@ class _Tensors:
         """Make an empty one, which is how torch begins them."""
         if given:
             raise MalformedError("an OrderedDict that is not empty from the beginning")
-        return OrderedDict[object, object]()
+        return PickledDict()
 
     def size(self, given: tuple[object, ...]) -> object:
         if len(given) != 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from typing import NoReturn, cast
+from typing import NamedTuple, NoReturn, cast
 
 from weightstream.errors import HeaderError, UnsupportedFormatError, some
 from weightstream.prefetch.archive import Archive
@@ -18,14 +18,16 @@ from weightstream.prefetch.opening import read_exactly
 from weightstream.prefetch.pickles import (
     MAX_OPCODES,
     MAX_PICKLE_BYTES,
+    PickledDict,
     PickledTensor,
     Storage,
     newer_protocol,
     read_pickle,
 )
 from weightstream.prefetch.unpickling import EndOfDataError
+from weightstream.prefetch.versions import Versions, take_versions
 
-__all__ = ["read_torch_file"]
+__all__ = ["Contents", "read_torch_file"]
 
 #: The old layout begins with these: a pickle of 0x1950a86a20f9469cfc6c, and one of the version, 1001.
 _OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
@@ -53,9 +55,23 @@ _MOST_ABOUT_SYSTEM, _MOST_OF_KEYS = 1000, MAX_OPCODES // 8
 _MAX_INT = 2**63 - 1
 
 
-def read_torch_file(
-    fd: int, file_bytes: int, *, file: str, shard: int
-) -> tuple[list[TensorSpec], list[str], dict[str, ExtraState]]:
+class Contents(NamedTuple):
+    """What one file of a checkpoint says. Safetensors have tensors alone.
+
+    Attributes:
+        specs: its tensors, in the order of their bytes.
+        notes: what is in the file besides, in sentences.
+        extras: extra state that is no tensor, by its names.
+        versions: of modules, by their names.
+    """
+
+    specs: list[TensorSpec]
+    notes: list[str]
+    extras: dict[str, ExtraState]
+    versions: Versions
+
+
+def read_torch_file(fd: int, file_bytes: int, *, file: str, shard: int) -> Contents:
     """Read what a file of `torch.save` says about its tensors.
 
     Args:
@@ -63,10 +79,6 @@ def read_torch_file(
         file_bytes: the file's length.
         file: its name, for messages.
         shard: the number that the specs carry.
-
-    Returns:
-        The tensors in the order of their bytes; what is in the file besides them, in sentences; and extra state that is no
-        tensor, by its names.
 
     Raises:
         HeaderError: the file breaks the format, or is truncated.
@@ -85,7 +97,8 @@ def read_torch_file(
         raise UnsupportedFormatError(
             "not a file of torch.save", file=file, expected="a zip archive, or torch's older layout", actual=start[:4]
         )
-    tensors, found, notes = _find_tensors(value, file)
+    tensors, found, notes, metadata = _find_tensors(value, file)
+    versions, said = take_versions(metadata, file)
     specs = [_describe(name, tensor, begins, file, shard) for name, tensor in tensors.items()]
     specs.sort(key=lambda spec: (spec.begin, spec.end))
 
@@ -95,7 +108,7 @@ def read_torch_file(
             return None
         return ExtraTensor(spec.dtype, spec.shape, spec.stride, read_exactly(fd, spec.num_bytes, spec.begin, file))
 
-    return specs, notes, take_extra_states(found, shard, read)
+    return Contents(specs, notes + said, take_extra_states(found, shard, read), versions)
 
 
 def _read_archive(fd: int, file_bytes: int, file: str) -> tuple[object, dict[str, int]]:
@@ -202,10 +215,10 @@ def _storage_bytes(storage: Storage, file: str) -> int:
     return storage.num_elements * DTYPE_BITS[storage.dtype] // 8
 
 
-def _find_tensors(value: object, file: str) -> tuple[dict[str, PickledTensor], dict[str, object], list[str]]:
+def _find_tensors(value: object, file: str) -> tuple[dict[str, PickledTensor], dict[str, object], list[str], object]:
     """Return the state dict: the one that trainers put under a name of its own, or the whole.
 
-    Its tensors, its extra state that is no tensor, and sentences about the rest.
+    Its tensors, its extra state that is no tensor, sentences about the rest, and what is said of its modules.
     """
     if not isinstance(value, dict):
         raise UnsupportedFormatError("not a dict of tensors", file=file, actual=type(value).__name__)
@@ -219,7 +232,7 @@ def _find_tensors(value: object, file: str) -> tuple[dict[str, PickledTensor], d
                 taken = tensors.keys() | extras.keys()
                 notes = _left_out(file, key, whole, {key})
                 notes += _left_out(file, None, cast("dict[object, object]", inner), taken, extras)
-                return _named(tensors, file), extras, notes
+                return _named(tensors, file), extras, notes, _metadata_of(inner)
     tensors, extras = _tensors_of(whole), _extras_of(whole)
     if not tensors and not extras and whole:
         raise UnsupportedFormatError(
@@ -229,7 +242,12 @@ def _find_tensors(value: object, file: str) -> tuple[dict[str, PickledTensor], d
             actual=some(whole),
             hint="Save the state_dict alone",
         )
-    return _named(tensors, file), extras, _left_out(file, None, whole, tensors.keys() | extras.keys(), extras)
+    notes = _left_out(file, None, whole, tensors.keys() | extras.keys(), extras)
+    return _named(tensors, file), extras, notes, _metadata_of(value)
+
+
+def _metadata_of(state: object) -> object:
+    return state.metadata if isinstance(state, PickledDict) else None
 
 
 def _extras_of(found: dict[object, object]) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
 import torch
@@ -143,7 +143,7 @@ class ConsumerSink:
         self._notify()
         return []
 
-    def finish(self) -> list[str]:
+    def finish(self, check: Callable[[], None]) -> list[str]:
         return []
 
     def rollback(self) -> tuple[str, ...]:

@@ -276,19 +276,23 @@ class Flow:
         last_s = max((read.began_s for read in self.filling.reads.values()), default=0.0)
         return last_s + self._stall_s - self._course.clock.now()
 
+    def check_time(self, deadline: float | None, timeout_s: float | None) -> None:
+        """Raise LoadTimeoutError if the load's time is up."""
+        if deadline is not None and self._course.clock.now() >= deadline:
+            raise LoadTimeoutError(
+                "the load took too long",
+                expected=f"at most {timeout_s:g} s",
+                actual=f"{self.bytes_placed} of {self._total_bytes} bytes placed",
+                hint="Raise scheduler.timeout_s, or look at the report's phases for what is slow",
+            )
+
     def _left_s(self, deadline: float | None, timeout_s: float | None) -> float | None:
         """Return after how many seconds a limit may have been passed, or raise if one has. The lock is held."""
         now = self._course.clock.now()
         limits: list[float] = []
         if deadline is not None:
+            self.check_time(deadline, timeout_s)
             limits.append(deadline - now)
-            if limits[-1] <= 0:
-                raise LoadTimeoutError(
-                    "the load took too long",
-                    expected=f"at most {timeout_s:g} s",
-                    actual=f"{self.bytes_placed} of {self._total_bytes} bytes placed",
-                    hint="Raise scheduler.timeout_s, or look at the report's phases for what is slow",
-                )
         if self._stall_s is not None:
             oldest = next(iter(self.filling.reads.values()), Read(0, 0, now))  # one that begins now has all of it
             limits.append(oldest.began_s + self._stall_s - now)

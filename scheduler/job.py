@@ -303,7 +303,7 @@ class Job:
                 check()
                 if pipeline.verification is not None:
                     pipeline.verification.check_complete()
-                pump.finish()
+                pump.finish(self._deadline, timeout_s)
             except BaseException as error:
                 pipeline.end(error)
                 self._undo(sink, error)

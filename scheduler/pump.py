@@ -85,10 +85,15 @@ class Pump:
         finally:
             pipeline.drain()
 
-    def finish(self) -> None:
-        """Place what could not be placed before everything was there."""
+    def finish(self, deadline: float | None, timeout_s: float | None) -> None:
+        """Place what could not be placed before everything was there, unless the load is to end or its time is up."""
+
+        def check() -> None:
+            self._check_stop()
+            self._pipeline.flow.check_time(deadline, timeout_s)
+
         with self._placing():
-            self._readiness.mark(self._sink.finish())
+            self._readiness.mark(self._sink.finish(check))
 
     def _submit(self, filled: Sequence[Filled]) -> None:
         stage, flow = self._pipeline.stage, self._pipeline.flow

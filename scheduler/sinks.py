@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -84,8 +84,11 @@ class Sink(Protocol):
         """Take finished tensors; return the names that may be used from now on."""
         ...
 
-    def finish(self) -> list[str]:
-        """Take what could not be taken tensor by tensor; return the names that may be used from now on."""
+    def finish(self, check: Callable[[], None]) -> list[str]:
+        """Take what could not be taken tensor by tensor; return the names that may be used from now on.
+
+        `check` raises if the load is to end; it is called between modules that load themselves, which may take long.
+        """
         ...
 
     def rollback(self) -> tuple[str, ...]:
@@ -164,7 +167,8 @@ class ModelSink:
 
     def open(self, prepared: Prepared, stage: DeviceStage) -> None:
         atomic = self._engine.config.device.commit == "atomic"
-        self._binder = Binder(prepared.placement, stage, atomic=atomic)
+        assert self._wanted is not None
+        self._binder = Binder(prepared.placement, stage, versions=self._wanted.versions, atomic=atomic)
         if prepared.plan.turns is not None:
             self._turns = TurnByTurn(prepared.plan.turns, len(prepared.placement.places))
 
@@ -180,11 +184,11 @@ class ModelSink:
             self._engine.readers.wake()  # they may have waited for the last of what is in no turn
         return ready
 
-    def finish(self) -> list[str]:
+    def finish(self, check: Callable[[], None]) -> list[str]:
         assert self._binder is not None
         assert self._wanted is not None
         with self._wanted.locating():
-            return self._binder.finish()
+            return self._binder.finish(check)
 
     def _end_turn(self, turn: Turn, turns: TurnByTurn) -> list[str]:
         assert self._binder is not None
@@ -236,7 +240,7 @@ class NowhereSink:
     def take(self, places: list[int]) -> list[str]:
         return []
 
-    def finish(self) -> list[str]:
+    def finish(self, check: Callable[[], None]) -> list[str]:
         return []
 
     def rollback(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from weightstream.errors import UnsupportedFormatError, WeightstreamError
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.extras import ExtraState, ExtraTensor
 from weightstream.prefetch.header import TensorSpec
+from weightstream.prefetch.versions import Versions
 
 __all__ = ["Wanted"]
 
@@ -26,6 +27,7 @@ class Wanted:
     Attributes:
         tensors: by their names in the model, in the order of shards and bytes.
         extras: likewise, what modules keep besides tensors.
+        versions: what is said of modules, by their names in the model.
 
     Raises:
         PlacementError: two get one name.
@@ -35,9 +37,12 @@ class Wanted:
         self._checkpoint = checkpoint
         self.tensors: Mapping[str, TensorSpec] = {}
         self.extras: Mapping[str, ExtraState] = {}
+        self.versions = checkpoint.versions
         with self.locating():
             rules = NameRules(config)
             self.tensors, self.extras = rules.apply(checkpoint.tensors), rules.apply(checkpoint.extras)
+        if rules.renames and checkpoint.versions:
+            self.versions = _renamed(checkpoint.versions, {**self.extras, **self.tensors})
 
     def extra_state(self, name: str) -> object:
         """Make the extra state of a module, as `torch.load` would, with tensors on the CPU.
@@ -65,6 +70,19 @@ class Wanted:
             if spec is not None and spec.name != error.tensor:
                 error.stored_as = spec.name
             raise
+
+
+def _renamed(versions: Versions, stored: Mapping[str, TensorSpec | ExtraState]) -> Versions:
+    """Call modules as their tensors are called now, for whose names the rules are, and those around them while they end alike."""
+    found: dict[str, Mapping[str, object]] = {}
+    for name, spec in stored.items():
+        old, new = spec.name.rpartition(".")[0], name.rpartition(".")[0]
+        while new not in found:
+            found[new] = versions.get(old, {})
+            (old, _, old_end), (new, _, new_end) = old.rpartition("."), new.rpartition(".")
+            if old_end != new_end:
+                break
+    return found
 
 
 def _with_tensors(name: str, value: object) -> object:

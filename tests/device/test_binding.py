@@ -388,6 +388,11 @@ class TestModulesThatLoadThemselves:
         await load(rig, tmp_path, model, tensors)
         assert calls == [model[0]]
         assert_loaded(model, tensors)
+        register(lambda module, keys: keys)  # torch asserts that it returns nothing
+        with pytest.raises(AssertionError):
+            nn.Sequential(model[0]).load_state_dict(tensors)
+        with pytest.raises(PlacementError, match="a hook after loading returned a value"):
+            await load(rig, tmp_path, model, tensors)
 
 
 async def test_lstm_computes_with_what_was_loaded(rig: Rig, tmp_path: Path, where: str) -> None:

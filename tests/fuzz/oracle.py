@@ -217,13 +217,13 @@ def check_torch(file: bytes) -> frozenset[str]:
     """
     with _in_memory(file) as fd:
         try:
-            specs, notes, _ = read_torch_file(fd, len(file), file="input", shard=0)
+            found = read_torch_file(fd, len(file), file="input", shard=0)
         except (HeaderError, UnsupportedFormatError) as error:
             check_message(error)
             return REFUSED
-    assert all(len(note) < 5000 and note.isprintable() for note in notes)
-    expected = _torch_tensors(file, {spec.name for spec in specs})
-    for spec in specs:
+    assert all(len(note) < 5000 and note.isprintable() for note in found.notes)
+    expected = _torch_tensors(file, {spec.name for spec in found.specs})
+    for spec in found.specs:
         _check_same(spec, expected[spec.name], file)
     return ACCEPTED
 

@@ -17,7 +17,7 @@ import torch
 
 from tests.builders import assert_same, leaves_nothing
 from weightstream.errors import HeaderError, UnsupportedFormatError
-from weightstream.prefetch import pickles
+from weightstream.prefetch import pickles, versions
 from weightstream.prefetch.checkpoint import open_checkpoint
 from weightstream.prefetch.pickles import read_pickle
 from weightstream.prefetch.torchfile import _OLD as OLD
@@ -492,7 +492,7 @@ def test_every_changed_byte_is_refused_or_makes_no_difference_to_torch(tmp_path:
             path.write_bytes(raw)
             fd = os.open(path, os.O_RDONLY)
             try:
-                specs, _, _ = read_torch_file(fd, len(raw), file=str(path), shard=0)
+                specs = read_torch_file(fd, len(raw), file=str(path), shard=0).specs
             except (HeaderError, UnsupportedFormatError):
                 continue
             finally:
@@ -503,3 +503,15 @@ def test_every_changed_byte_is_refused_or_makes_no_difference_to_torch(tmp_path:
             for spec in specs:
                 assert spec.shape == tuple(expected[spec.name].shape)
     assert accepted > 100  # the tensors' own bytes, padding, times
+
+
+def test_one_long_dict_of_versions_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[object] = []
+    monkeypatch.setattr(versions, "_plain", lambda entries: looks.append(entries) or ({}, True))
+    entries = {"version": 2}
+    found, notes = versions.take_versions({str(number): entries for number in range(1000)}, "a.pt")
+    assert (len(found), notes, len(looks)) == (1000, [], 1)
+    monkeypatch.undo()
+    found, notes = versions.take_versions({"a": dict.fromkeys(map(str, range(101)), 1), "b": 7, 3: {}}, "a.pt")
+    assert found == {"a": {}, "b": {}}
+    assert notes == ["format: left out of a.pt: what is not plain data in the _metadata of a, b, 3"]

@@ -423,3 +423,33 @@ class TestMisuse:
             model = on_meta()
             await loader.load(model, path)  # the parent's loader is as good as before
             assert not cast("torch.Tensor", model.scale).is_meta
+
+
+@pytest.mark.parametrize("commit", ["progressive", "atomic"])
+@pytest.mark.parametrize("where", ["meta", "cpu"])
+@pytest.mark.parametrize("strategy", ["stream", "preload", "direct"])
+async def test_time_that_modules_take_to_load_themselves_counts_whatever_the_strategy(
+    make_rig: MakeRig, tmp_path: Path, strategy: str, where: str, commit: str
+) -> None:
+    rig = make_rig("host")
+    with torch.device(where):
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(10)))
+    taken: list[str] = []
+
+    def take_a_second(_: nn.Module, __: object, prefix: str, *___: object) -> None:
+        taken.append(prefix)
+        rig.clock.sleep(1.0)
+
+    for layer in model:
+        layer.register_load_state_dict_pre_hook(take_a_second)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    path = write_in_order(tmp_path, tensors_of(model))
+    async with rig.loader(strategy=strategy, commit=commit, scheduler={"timeout_s": 3.5}) as loader:
+        with pytest.raises(LoadTimeoutError, match=r"at most 3\.5 s") as caught:
+            await loader.load(model, path)
+    assert taken == ["0.", "1.", "2.", "3."]
+    if where == "meta" or commit == "atomic":
+        assert not caught.value.partly_written
+        for name, tensor in model.state_dict().items():
+            assert tensor.is_meta == before[name].is_meta
+            assert tensor.is_meta or torch.equal(tensor, before[name])

@@ -277,6 +277,12 @@ class TestExtraStateThatIsNoTensor:
             assert keeper.kept == 3
             assert report.unexpected_keys == ()
             assert_same(keeper.weight, reference.weight)
+            for changed in ("a._extra_state", "b.0._extra_state"):  # each name counts, and the last for good
+                other, expected = Keeper(where), Keeper("cpu")
+                path = save(tmp_path / "model.bin", saved | {changed: 5 if isinstance(state, int) else torch.tensor(5)})
+                twice(expected).load_state_dict(torch.load(path, weights_only=True))
+                await loader.load(twice(other), path)
+                assert other.kept == expected.kept == (3 if changed.startswith("a") else 5)
             del saved["a._extra_state"]
             with pytest.raises((UnexpectedKeysError, MissingKeysError), match="_extra_state"):
                 await loader.load(twice(Keeper(where)), save(tmp_path / "model.bin", saved))
