@@ -120,16 +120,21 @@ def match(  # noqa: C901, PLR0912 (one loop over all tensors)
         _find_shared(placement, in_place)
     counting = {name: make for name, make in (extras or {}).items() if name not in last_states}
     unexpected += _give_extras(found.subtrees, counting, stands_for, devices)
-    missing: list[str] = []
-    if len(names) < len(found.index_of) or placement.subtrees:
-        known = {*names, *placement.unloaded}
-        missing = [
-            name
-            for name, at in found.index_of.items()
-            if name not in known and (at not in special or special[at].subtree is None)
-        ]
-    placement.note_keys(missing, _without_doubles(unexpected, found, stored, extras or {}))
+    placement.note_keys(_missing(placement, found), _without_doubles(unexpected, found, stored, extras or {}))
     return placement
+
+
+def _missing(placement: Placement, found: Targets) -> list[str]:
+    """Return the names of the model that nothing fills, but for those that modules which load themselves ask for."""
+    special = found.special
+    if len(placement.names) == len(found.index_of) and not placement.subtrees:
+        return []
+    known = {*placement.names, *placement.unloaded}
+    return [
+        name
+        for name, at in found.index_of.items()
+        if name not in known and (at not in special or special[at].subtree is None)
+    ]
 
 
 def _leave_on_meta(placement: Placement, found: Targets, devices: DeviceMap) -> None:

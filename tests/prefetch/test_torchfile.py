@@ -507,7 +507,12 @@ def test_every_changed_byte_is_refused_or_makes_no_difference_to_torch(tmp_path:
 
 def test_one_long_dict_of_versions_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[object] = []
-    monkeypatch.setattr(versions, "_plain", lambda entries: looks.append(entries) or ({}, True))
+
+    def look(entries: object) -> tuple[dict[str, object], bool]:
+        looks.append(entries)
+        return {}, True
+
+    monkeypatch.setattr(versions, "_plain", look)
     entries = {"version": 2}
     found, notes = versions.take_versions({str(number): entries for number in range(1000)}, "a.pt")
     assert (len(found), notes, len(looks)) == (1000, [], 1)

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -441,7 +441,7 @@ async def test_time_that_modules_take_to_load_themselves_counts_whatever_the_str
         rig.clock.sleep(1.0)
 
     for layer in model:
-        layer.register_load_state_dict_pre_hook(take_a_second)
+        cast("Any", layer).register_load_state_dict_pre_hook(take_a_second)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     path = write_in_order(tmp_path, tensors_of(model))
     async with rig.loader(strategy=strategy, commit=commit, scheduler={"timeout_s": 3.5}) as loader:

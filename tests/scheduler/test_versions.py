@@ -38,7 +38,7 @@ class Net(nn.Module):
 
     @property
     def told(self) -> list[dict[str, object]]:
-        return [self.top.told, self.inner[0].told]  # type: ignore[list-item, union-attr]  # Sequential has modules
+        return [self.top.told, self.inner[0].told]  # type: ignore[list-item]  # Sequential has modules
 
 
 def state_of(net: Net) -> OrderedDict[str, torch.Tensor]:
