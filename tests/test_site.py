@@ -1,4 +1,4 @@
-"""The documentation site in a real browser, over HTTP: every page, on a screen and on a phone, and its search.
+"""The documentation site in a real browser, over HTTP: every page, on a screen and on a phone. Its search also from files.
 
 It takes mkdocs, which has an extra of its own: `.ci/run` runs this after `make docs`.
 """
@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,18 +53,23 @@ class Quiet(SimpleHTTPRequestHandler):
         """Say nothing."""
 
 
-@pytest.fixture(name="address", scope="module")
-def fixture_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@pytest.fixture(name="site", scope="module")
+def fixture_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     site = tmp_path_factory.mktemp("site")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
     subprocess.run(build, cwd=ROOT, check=True)
+    yield site
+    shutil.rmtree(site)
+
+
+@pytest.fixture(name="address", scope="module")
+def fixture_address(site: Path) -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site))) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
-    shutil.rmtree(site)
 
 
 def pages() -> list[str]:
@@ -98,8 +104,10 @@ def test_page_is_whole(browser: Chrome, address: str, page: str, width: int) -> 
     ("words", "page"),
     [("MemoryBudgetError", "errors.html"), ("page_cache", "configuration.html"), ("vllm serve", "vllm.html")],
 )
-def test_search_finds(browser: Chrome, address: str, words: str, page: str) -> None:
-    open_page(browser, f"{address}/index.html", width=1280)
+@pytest.mark.parametrize("is_served", [True, False], ids=["http", "file"])
+def test_search_finds(browser: Chrome, address: str, site: Path, words: str, page: str, *, is_served: bool) -> None:
+    browser.get_log("browser")  # of the page before
+    open_page(browser, f"{address if is_served else site.as_uri()}/index.html", width=1280)
     box = browser.find_element(By.CSS_SELECTOR, "input.md-search__input")
     box.click()
     box.send_keys(words)
@@ -111,3 +119,10 @@ def test_search_finds(browser: Chrome, address: str, words: str, page: str) -> N
         return [link for link in links if page in link]
 
     assert WebDriverWait(browser, PATIENCE_S).until(found), json.dumps(words)
+    assert browser.get_log("browser") == []
+
+
+def test_first_screen_ends_with_the_picture(browser: Chrome, address: str) -> None:
+    open_page(browser, f"{address}/index.html", width=1280)
+    bottom = "return document.querySelector('article img').getBoundingClientRect().bottom"
+    assert 0 < browser.execute_script(bottom) <= 900
