@@ -214,6 +214,8 @@ class Job:
                 error.__cause__ = exc
         except BaseException as exc:  # noqa: BLE001 (whatever it is belongs to those who wait for the load)
             error = exc
+        if isinstance(error, WeightstreamError):
+            error.fallbacks = tuple(self._fallbacks)
         if error is not None:
             # Its frames refer to the model, and whoever keeps the error keeps them. Not later than here: once others
             # can raise it, it collects frames of theirs, and to clear a coroutine's is to end it.
@@ -244,7 +246,8 @@ class Job:
         self._sink = None  # it refers to the model: who keeps a handle must not keep the model's old tensors alive
         self.readiness.end(error)
         wall_s, sections = self._ledger.wall_s, self._ledger.sections
-        self._telemetry.end(Ended(report, error, wall_s, sections, bytes_read, self._num_retries))
+        fallbacks = self._fallbacks if report is None else report.fallbacks
+        self._telemetry.end(Ended(report, error, wall_s, sections, bytes_read, self._num_retries, tuple(fallbacks)))
         if report is not None:
             logger.info(
                 "loaded %d tensors, %.2f GB, onto %s in %.2f s (%s)",
@@ -310,6 +313,7 @@ class Job:
                 raise
             self._ledger.enter("other")
             pipeline.remember(checkpoint)
+            pipeline.tell_lost()
             report = make_report(
                 *(checkpoint, prepared, pipeline, self._ledger),
                 host_peak_bytes=peak.value,

@@ -213,6 +213,11 @@ class Pipeline:
         self.flow.stop(error)
         self.drain()
 
+    def tell_lost(self) -> None:
+        """Say so if slots are lost to other loads by now. For a load all of whose own reads have returned."""
+        if self._ring is not None:
+            self._engine.staging.tell_lost(self._fall_back)
+
     def remember(self, checkpoint: Checkpoint) -> None:
         """Let later loads from the same file system begin with what this one has found out."""
         if self.tuner.has_settled:

@@ -52,6 +52,8 @@ class Staging:
         self._lock = threading.Lock()
         self._pinning = Pinning()
         self._num_ring_users = 0
+        #: Rings of loads that have ended, some of whose slots are lost.
+        self._left_behind: list[Ring] = []
         self.ring = make_ring(slot_bytes_for(config.chunk), self.budget, self.account, wake)
 
     def limit_budget(self, on_fallback: Callable[[str], None]) -> None:
@@ -94,7 +96,8 @@ class Staging:
             num_passing: how many pass through a slot on their way to parameters that have storage.
             kept_bytes: of each device, how much memory it needs beside the plan's blocks.
             delivers: whether a consumer takes the blocks one by one.
-            on_fallback: told if page-locking is refused, or the ranks of a host may take more memory than there is.
+            on_fallback: told if page-locking is refused, if slots are lost, or if the ranks of a host may take more memory
+                than there is.
 
         Returns:
             The ring with the load's slots, which has to be given to `leave_ring` when the load ends. None: it needs none.
@@ -109,6 +112,8 @@ class Staging:
         if strategy in ("preload", "direct"):
             landing_bytes = sum(plan.bytes_on(device) for device, one in enumerate(backends) if one.lands)
             slots = slots_of_own(plan, strategy, io, num_cold=num_cold)
+            if slots.most:
+                self.tell_lost(on_fallback)
             return self._own_ring(landing_bytes, backend, slots, on_fallback)
         needed = sum(
             1 for chunk in plan.chunks if chunk.transfer.slot_bytes or (io == "direct" and not chunk.is_mapped)
@@ -117,6 +122,7 @@ class Staging:
         wished = max(needed, min(num_cold, DIRECT_SLOTS)) if io == "auto" else needed
         if not wished:
             return None
+        self.tell_lost(on_fallback)
         num_slots = self._num_slots(wished, plan, backend, delivers=delivers)
         with self._lock:
             limited = self._pinning.is_limit_reached(self.ring, backend)
@@ -132,11 +138,6 @@ class Staging:
                     hint="Raise prefetch.host_memory, or lower prefetch.chunk",
                 )
             self._num_ring_users += 1
-        if found.num_written_off and found.num_slots - found.num_written_off < num_slots:
-            on_fallback(
-                f"{found.num_written_off} of {found.num_slots} slots are lost to reads that have not returned yet, so fewer"
-                " reads go on at a time"
-            )
         if limited:
             if found.num_slots < num_slots:
                 on_fallback(LIMITED)
@@ -223,6 +224,20 @@ class Staging:
         for segment in ring.close():
             segment.settled.wait()  # page-locking one segment may be under way; the others are left alone by now
             self._pinning.unpin(segment)
+        with self._lock:
+            if ring.statistics().num_written_off and ring not in self._left_behind:
+                self._left_behind.append(ring)
+
+    def num_lost(self) -> int:
+        """Return how many slots are lost to reads that were given up and have not returned yet."""
+        with self._lock:
+            self._left_behind = [ring for ring in self._left_behind if ring.statistics().num_written_off]
+            return sum(ring.statistics().num_written_off for ring in (self.ring, *self._left_behind))
+
+    def tell_lost(self, on_fallback: Callable[[str], None]) -> None:
+        """Say so if slots are lost: whoever needs slots now has fewer, or less of the budget."""
+        if num_lost := self.num_lost():
+            on_fallback(f"{num_lost} slots are lost to reads of other loads that have not returned yet")
 
     @contextmanager
     def borrow(self, num_bytes: int) -> Generator[None, None, None]:

@@ -40,6 +40,7 @@ class Ended(NamedTuple):
         sections: its stages: name, begin and end, in seconds since it began.
         bytes_read: also of a load that failed.
         num_retries: reads that were repeated.
+        fallbacks: every downgrade.
     """
 
     report: LoadReport | None
@@ -48,6 +49,7 @@ class Ended(NamedTuple):
     sections: Sequence[tuple[str, float, float]]
     bytes_read: int
     num_retries: int
+    fallbacks: tuple[str, ...]
 
 
 class Telemetry:
@@ -82,7 +84,13 @@ class Telemetry:
         with trace.use_span(span, end_on_exit=False):
             for name, begin_s, end_s in ended.sections:
                 tracer.start_span(f"weightstream.{name}", start_time=self._at(begin_s)).end(self._at(end_s))
-        span.set_attributes({"weightstream.read.size": ended.bytes_read, "weightstream.retries": ended.num_retries})
+        span.set_attributes(
+            {
+                "weightstream.read.size": ended.bytes_read,
+                "weightstream.retries": ended.num_retries,
+                "weightstream.fallbacks": ended.fallbacks,
+            }
+        )
         if ended.report is not None:
             report = ended.report
             span.set_attributes(

@@ -84,6 +84,8 @@ class WeightstreamError(Exception):
         self.stored_as: str | None = None
         #: Names of materialised parameters that a failed load had already written to (in-place placement only).
         self.partly_written: tuple[str, ...] = ()
+        #: Every downgrade of the load that failed, as `LoadReport.fallbacks` has them; also the slots that it has lost.
+        self.fallbacks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         where = " in ".join(shown(part) for part in (self.tensor, self.file) if part)

@@ -73,8 +73,10 @@ async def test_read_that_does_not_return_ends_the_load(
         async with rig.loader(workers=2, num_slots=3, stall_s=7.0) as loader:
             with pytest.raises(
                 LoadTimeoutError, match=r"at most 7 s, found no answer to the read at offset \d+ for 7 s"
-            ):
+            ) as caught:
                 await loader.load(model, path)
+            given_up = "1 reads did not return and were given up; until they do, their slots are lost"
+            assert caught.value.fallbacks == (given_up,)
             assert rig.clock.now() == 7.0
             assert_on_meta(model)
             num_lost = rig.ring.num_slots - rig.ring.num_free
@@ -84,7 +86,7 @@ async def test_read_that_does_not_return_ends_the_load(
 
             report = await loader.load(model, path)
             assert_loaded(model, tensors)
-            lost = ["1 of 3 slots are lost to reads that have not returned yet, so fewer reads go on at a time"]
+            lost = ["1 slots are lost to reads of other loads that have not returned yet"]
             assert list(report.fallbacks) == (lost if num_lost else [])
 
             rig.disk.closed.clear()
@@ -257,6 +259,27 @@ async def test_error_names_the_file(make_rig: MakeRig, path: Path) -> None:
             await loader.load(on_meta(), path)
         gate.open()
     assert caught.value.file == str(path / "model-00001-of-00002.safetensors")
+
+
+@pytest.mark.parametrize("strategy", ["stream", "preload", "direct"])
+async def test_lost_slots_are_in_the_reports_of_all_loads_that_need_slots(
+    make_rig: MakeRig, path: Path, strategy: str
+) -> None:
+    """Whatever ring they were of, also where there are enough others, and also of a load that was under way."""
+    rig = make_rig("fake")
+    gate = rig.disk.stop_at(0, is_stuck=True)
+    lost = "1 slots are lost to reads of other loads that have not returned yet"
+    async with rig.loader(strategy=strategy, workers=1) as loader:
+        handle = await loader.start(on_meta(), path)
+        gate.wait_reached()
+        other = await loader.start(on_meta(), path)  # there is no thread left to read for it
+        await handle.cancel()
+        assert (await other.wait()).fallbacks == (lost,)
+        assert (await loader.load(on_meta(), path)).fallbacks == (lost,)
+        rig.disk.closed.clear()
+        gate.open()
+        assert rig.disk.closed.wait(30)
+        assert (await loader.load(on_meta(), path)).fallbacks == ()
 
 
 @pytest.mark.parametrize("strategy", ["stream", "preload", "direct"])

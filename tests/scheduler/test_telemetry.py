@@ -118,13 +118,17 @@ async def test_what_is_mapped_is_not_counted_as_read(make_rig: Callable[..., Rig
 
 
 async def test_failed_load_is_an_error_and_counted_by_its_type(rig: Rig, path: Path, host: Host) -> None:
+    gate = rig.disk.stop_at(3, is_stuck=True)
     rig.disk.fail_at(4, ReadError("broken"))
-    async with rig.loader(workers=1) as loader:
-        with pytest.raises(ReadError):
+    async with rig.loader(workers=2) as loader:
+        with pytest.raises(ReadError) as caught:
             await loader.load(on_meta(), path)
+        gate.open()
     load = host.spans()["weightstream.load"]
     assert not load.status.is_ok
-    assert dict(load.attributes or {})["error.type"] == "ReadError"
+    attributes = dict(load.attributes or {})
+    assert attributes["error.type"] == "ReadError"
+    assert attributes["weightstream.fallbacks"] == caught.value.fallbacks != ()
     points = host.points()
     assert dict(points["weightstream.load.failures"][1][0].attributes) == {"error.type": "ReadError"}
     assert points["weightstream.read.io"][1][0].value > 0
