@@ -19,7 +19,7 @@ import torch
 
 from weightstream.device.accelerator import foreach_copy
 from weightstream.device.exchange import exchange as _exchange
-from weightstream.device.placement import Place, Placement, tensor_of
+from weightstream.device.placement import Place, Placement, is_adopted, tensor_of
 from weightstream.device.selfloading import Keys, load_module, restore
 from weightstream.device.sharded import is_sharded, local_parts, split_like
 from weightstream.device.stage import DeviceStage
@@ -31,6 +31,9 @@ from weightstream.ranks import ranked_logger
 __all__ = ["Binder"]
 
 logger = ranked_logger(__name__)
+
+#: Whole numbers of as many bytes as an element has.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Binder:
@@ -88,6 +91,9 @@ class Binder:
         adopted: list[torch.Tensor] = []
         for index, taken in zip(places, self._stage.take(places), strict=True):
             place = described[index]
+            if place.mode == "stage" and not is_adopted(place):
+                self._staged[place.name] = taken  # of an expanded tensor, a copy could be of any size
+                continue
             loaded = taken if place.stride is None else self._in_order(taken)
             if place.mode == "stage":
                 self._staged[place.name] = loaded
@@ -278,7 +284,7 @@ class Binder:
         for place in places:
             target, loaded = tensor_of(place), self._staged[place.name]
             odd = is_sharded(target) or not target.is_contiguous() or target.is_conj() or target.is_neg()
-            if odd or target.device != loaded.device:
+            if odd or not loaded.is_contiguous() or target.device != loaded.device:
                 self._write([place], ready)
                 continue
             self._written.append(place.name)  # before: where it stops, if it does, nobody knows
@@ -381,6 +387,9 @@ def _split(place: Place, whole: torch.Tensor) -> torch.Tensor:
 
 
 def _are_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Compare bytes: what is not a number equals itself, and zeros may differ in their sign."""
-    first, second = (tensor.resolve_conj().resolve_neg().contiguous() for tensor in (one, other))
-    return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
+    """Compare bits, without a copy: what is not a number equals itself, and zeros may differ in their sign."""
+    first, second = (tensor.resolve_conj().resolve_neg() for tensor in (one, other))
+    if first.is_complex():
+        first, second = torch.view_as_real(first), torch.view_as_real(second)
+    bits = _BITS[first.itemsize]
+    return torch.equal(first.view(bits), second.reshape(first.shape).view(bits))  # a scalar may be stored as a vector

@@ -12,21 +12,12 @@ from collections.abc import Container, Iterator, Sequence
 
 import msgspec
 
-from weightstream.device.placement import Place
+from weightstream.device.placement import ALIGNMENT_BYTES, Place, padded
 
 __all__ = ["ALIGNMENT_BYTES", "IN_SLOT", "Given", "Landing", "Layout", "Piece", "Run", "Transfer", "padded"]
 
-#: Every tensor begins on such a boundary: kernels with vector loads and TMA fault otherwise. It is also a multiple of
-#: every element's size, so a tensor cut at such a boundary is never cut inside an element.
-ALIGNMENT_BYTES = 256
-
 #: In `Landing.block`: the bytes are read into the slot, not straight into a block.
 IN_SLOT = -1
-
-
-def padded(num_bytes: int) -> int:
-    """Round up to the alignment, which is a power of two."""
-    return (num_bytes + ALIGNMENT_BYTES - 1) & -ALIGNMENT_BYTES
 
 
 class Landing(msgspec.Struct, frozen=True, gc=False):

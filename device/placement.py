@@ -17,12 +17,21 @@ from weightstream.device.names import NameRules
 from weightstream.device.targets import Subtree, Target
 from weightstream.errors import MissingKeysError, UnexpectedKeysError, some
 
-__all__ = ["Mode", "Place", "Placement", "Stored", "is_adopted", "tensor_of"]
+__all__ = ["ALIGNMENT_BYTES", "Mode", "Place", "Placement", "Stored", "is_adopted", "padded", "tensor_of"]
+
+#: Every tensor begins on such a boundary: kernels with vector loads and TMA fault otherwise. It is also a multiple of
+#: every element's size, so a tensor cut at such a boundary is never cut inside an element.
+ALIGNMENT_BYTES = 256
 
 #: adopt: the loader makes the storage and the parameter takes it. fill: the parameter has contiguous storage, which is
 #: written to. stage: the loader makes a tensor that somebody else places at the end (module hooks, strided copies,
 #: comparison of ties) or that is delivered as it is.
 Mode = Literal["adopt", "fill", "stage"]
+
+
+def padded(num_bytes: int) -> int:
+    """Round up to the alignment, which is a power of two."""
+    return (num_bytes + ALIGNMENT_BYTES - 1) & -ALIGNMENT_BYTES
 
 
 class Stored(Protocol):
@@ -71,9 +80,11 @@ class Place(msgspec.Struct, frozen=True, gc=False):
         return self.dtype is not self.stored_dtype
 
     @property
-    def final_bytes(self) -> int:
-        """How many bytes it has in the model."""
-        return self.num_bytes // self.stored_dtype.itemsize * self.dtype.itemsize if self.is_cast else self.num_bytes
+    def held_bytes(self) -> int:
+        """How many bytes it takes of a block that the loader makes, with what lies between it and the next tensor."""
+        return padded(
+            self.num_bytes // self.stored_dtype.itemsize * self.dtype.itemsize if self.is_cast else self.num_bytes
+        )
 
 
 class Placement:
@@ -126,7 +137,7 @@ class Placement:
         """Return how many bytes are loaded beside tensors that have storage, and dropped when the load ends."""
         own = [place for tree in self.subtrees for place in tree.places if not is_adopted(place)]
         beside = (*own, *self.strided, *self.shared, *self.sharded, *(second for _, second in self.doubles))
-        return sum(place.final_bytes for place in beside if place.device in devices)
+        return sum(place.held_bytes for place in beside if place.device in devices)
 
     def kept_bytes(self, devices: Collection[int]) -> int:
         """Return how many bytes are copied, so that they can be put back, before what may fail is done to them."""
@@ -134,9 +145,10 @@ class Placement:
             return 0
         targets = [target for tree in self.subtrees if self.wants(tree) for target in tree.targets]
         own_bytes = sum(
-            target.tensor.nbytes for target in targets if not target.on_meta and self._index(target) in devices
+            padded(target.tensor.nbytes) for target in targets if not target.on_meta and self._index(target) in devices
         )
-        return own_bytes + sum(place.final_bytes for place in self.shared if place.device in devices)
+        shared = [tensor_of(place) for place in self.shared if place.device in devices]
+        return own_bytes + sum(padded(tensor.nbytes) for tensor in shared)
 
     def _index(self, target: Target) -> int:
         """Return which of the devices a tensor is on. Buffers elsewhere count for the first."""

@@ -59,7 +59,7 @@ class Turns:
     def spared_bytes(self, places: list[Place], devices: Collection[int]) -> int:
         """Return how much less is held at a time than if all turns were held until the end."""
         sizes = [
-            sum(places[index].final_bytes for index in turn.beside if places[index].device in devices)
+            sum(places[index].held_bytes for index in turn.beside if places[index].device in devices)
             for turn in self.turns
         ]
         return sum(sizes) - max(sizes)

@@ -15,6 +15,7 @@ from tests.builders import assert_same, bytes_of, flip, leaves_nothing, random_t
 from tests.fakes.rig import KIB, Rig
 from tests.models import SmallNet, tensors_of
 from weightstream.device.binding import Binder
+from weightstream.device.layout import padded
 from weightstream.errors import IntegrityError, LoadCancelledError, MemoryBudgetError, PlacementError, ReadError
 from weightstream.scheduler import staging
 
@@ -263,7 +264,7 @@ async def test_memory_is_checked_before_anything_moves(
     _, path = saved
     model = SmallNet()
     before = Before(model)
-    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    size = sum(padded(tensor.nbytes) for tensor in model.state_dict().values())
     async with rig.loader(commit="atomic", host_memory=1024 * KIB) as loader:
         with pytest.raises(MemoryBudgetError, match="host_memory") as caught:
             await loader.start(model, path)

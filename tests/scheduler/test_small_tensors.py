@@ -153,3 +153,29 @@ async def test_garbage_is_collected_whenever_a_load_waits_and_after_it(tmp_path:
     assert WatchedCondition.seen
     assert all(WatchedCondition.seen)
     assert gc.isenabled()
+
+
+class LoadsItself(nn.Module):
+    """Many small parameters that have storage, all of which are loaded beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for number in range(1000):
+            self.register_parameter(f"t{number}", nn.Parameter(torch.ones(3)))
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+
+
+def test_small_tensors_beside_the_model_count_with_the_gaps_between_them(tmp_path: Path) -> None:
+    held_bytes = 1000 * 256
+    path = write_checkpoint(tmp_path / "c", {f"t{number}": torch.zeros(3) for number in range(1000)})
+
+    def load(host_memory: int) -> ws.LoadReport:
+        prefetch = {"chunk": 64 * 2**10, "host_memory": host_memory}
+        config = ws.LoaderConfig.model_validate({"prefetch": prefetch, "device": {"target": "cpu"}})
+        return ws.load_sync(LoadsItself(), path, config=config)
+
+    with pytest.raises(ws.MemoryBudgetError, match=f"expected {held_bytes} bytes, found {held_bytes - 1} bytes"):
+        load(held_bytes - 1)
+    assert load(held_bytes).host_peak_bytes <= held_bytes

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+import weightstream as ws
 from tests.builders import assert_same, write_index
 from tests.fakes.rig import KIB, Rig
 from tests.models import SmallNet, tensors_of
+from weightstream import samples
 from weightstream.errors import MissingKeysError, PlacementError, UnexpectedKeysError, UnsupportedFormatError
 
 LAYOUTS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
@@ -374,3 +376,21 @@ async def test_failed_load_of_views_leaves_the_model_on_meta(rig: Rig, tmp_path:
             await loader.load(model, path)
     assert model.a.is_meta
     assert model.a is model.b
+
+
+@pytest.mark.parametrize("commit", ["progressive", "atomic"])
+def test_expanded_tensor_is_not_written_out_on_its_way_to_storage(tmp_path: Path, commit: str) -> None:
+    """It would be of any size, and `host_memory` does not hold it."""
+    row = torch.randn(4000)
+    path = save(tmp_path / "model.bin", {"a": row.expand(8000, 4000), "b": torch.zeros(2).expand(3, 2)})
+    model = nn.ParameterDict({"a": nn.Parameter(torch.ones(8000, 4000)), "b": nn.Parameter(torch.ones(3, 2))})
+    config = ws.LoaderConfig.model_validate(
+        {"prefetch": {"chunk": "64KiB", "host_memory": "1MiB"}, "device": {"target": "cpu", "commit": commit}}
+    )
+    gauge = samples._Gauge()
+    report = ws.load_sync(model, path, config=config)
+    grown_bytes = gauge.peak_bytes
+    assert torch.equal(model["a"], row.expand(8000, 4000))
+    assert not model["b"].any()
+    assert report.host_peak_bytes < 2**20
+    assert grown_bytes is None or grown_bytes < 64 * 2**20, "half of what it has"

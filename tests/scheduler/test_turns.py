@@ -236,7 +236,7 @@ async def test_budget_has_to_hold_one_module_and_not_all(make_rig: MakeRig, tmp_
     model = hooked(Witness(), width=2 * WIDTH)
     tensors = tensors_of(model)
     path = write_in_order(tmp_path, scattered(tensors))
-    enough = sum(tensors[f"4.{key}"].nbytes for key in ("weight", "bias"))
+    enough = sum(padded(tensors[f"4.{key}"].nbytes) for key in ("weight", "bias"))
     async with rig.loader(strategy="direct", host_memory=enough - 1) as loader:
         with pytest.raises(ws.MemoryBudgetError, match=f"Set prefetch.host_memory to {enough} bytes"):
             await loader.load(model, path)
@@ -255,7 +255,7 @@ async def test_memory_that_is_free_has_to_hold_one_module_and_a_slot(
     model = nn.Sequential(*hooked(Witness(), width=2 * WIDTH), nn.Linear(2 * WIDTH, 200))
     tensors = tensors_of(model)
     path = write_in_order(tmp_path, scattered(tensors))
-    enough = 64 * KIB + sum(tensors[f"4.{key}"].nbytes for key in ("weight", "bias"))
+    enough = 64 * KIB + sum(padded(tensors[f"4.{key}"].nbytes) for key in ("weight", "bias"))
     free_bytes = enough * 8 // 7 + KIB  # of which host_memory gets seven eighths
     assert free_bytes < sum(tensor.nbytes for name, tensor in tensors.items() if name[0] != "5")
     monkeypatch.setattr(staging, "available_bytes", lambda: free_bytes)
