@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import secrets
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -21,7 +22,15 @@ from weightstream.prefetch.attempts import ONCE, Attempts, refused
 from weightstream.prefetch.checkpoint import Checkpoint
 from weightstream.prefetch.opening import Shard, read_whole, resolve
 
-__all__ = ["MANIFEST_NAME", "Digest", "find_digests", "no_digest", "parse_manifest", "write_manifest"]
+__all__ = [
+    "MANIFEST_NAME",
+    "Digest",
+    "find_digests",
+    "no_digest",
+    "parse_manifest",
+    "unfinished_manifest",
+    "write_manifest",
+]
 
 #: What we write, and the first name that we look for.
 MANIFEST_NAME = "SHA256SUMS"
@@ -116,20 +125,28 @@ def parse_manifest(raw: bytes, *, file: str) -> list[tuple[str, str]]:
     return found
 
 
-def write_manifest(folder: Path, digests: Iterable[tuple[str, str]], *, overwrite: bool = False) -> Path:
+def unfinished_manifest(folder: Path) -> Path:
+    """Return a name of its own for a manifest that is being written: what a killed process leaves is in nobody's way."""
+    return folder / f".{MANIFEST_NAME}.{secrets.token_hex(8)}"
+
+
+def write_manifest(
+    folder: Path, digests: Iterable[tuple[str, str]], *, overwrite: bool = False, temporary: Path | None = None
+) -> Path:
     """Write a manifest that `sha256sum -c` accepts, whole or not at all.
 
     Args:
         folder: where its names begin.
         digests: names and SHA-256.
         overwrite: whether one that is there already may be replaced.
+        temporary: its name until it is whole, from `unfinished_manifest`, for who removes it if this process ends before.
 
     Raises:
         FileExistsError: there is one.
         OSError: it cannot be written, or the file system has no hard links, which tell whether there is one.
     """
     path = folder / MANIFEST_NAME
-    temporary = folder / f".{MANIFEST_NAME}.{os.getpid()}"
+    temporary = temporary or unfinished_manifest(folder)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         with os.fdopen(fd, "wb") as file:
@@ -143,10 +160,8 @@ def write_manifest(folder: Path, digests: Iterable[tuple[str, str]], *, overwrit
             temporary.unlink()
     except BaseException as exc:
         temporary.unlink(missing_ok=True)
-        if (
-            isinstance(exc, OSError) and exc.filename is None
-        ):  # no room, mostly: what writes to a descriptor knows no name
-            exc.filename = str(path)
+        if isinstance(exc, OSError):  # what writes to a descriptor knows no name, and the others have two
+            exc.filename, exc.filename2 = str(path), None
         raise
     return path
 

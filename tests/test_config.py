@@ -284,7 +284,7 @@ def test_file_whose_name_cannot_be_is_refused() -> None:
 
 
 def test_folder_in_place_of_a_file_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match=rf"cannot read {re.escape(str(tmp_path))}: Is a directory"):
+    with pytest.raises(ValidationError, match=rf"cannot read {re.escape(str(tmp_path))}: not a regular file"):
         LoaderConfig.from_yaml(str(tmp_path))
 
 

@@ -284,7 +284,13 @@ def verify(session: _Session, checkpoint: str, *, write_manifest: bool, force: b
     codes: list[int] = []
 
     async def show() -> None:
-        found = await verifying.verify(settings, display, writes_manifest=write_manifest, overwrites=force)
+        found = await verifying.verify(
+            settings,
+            display,
+            writes_manifest=write_manifest,
+            overwrites=force,
+            cleanups=session.shutdown.cleanups,
+        )
         codes.append(DONE if found.is_good else FAILED)
         if as_json:
             await in_thread(_emit, to_json(found.printed()))

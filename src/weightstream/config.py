@@ -8,7 +8,9 @@ is an error wherever it comes from. The sections belong to the stages (`prefetch
 from __future__ import annotations
 
 import difflib
+import errno
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -256,8 +258,7 @@ def _parts(node: yaml.Node) -> list[yaml.Node]:
 def _read_yaml(file: Path) -> dict[str, Any]:
     """Return the mapping in `file`, with `checkpoint` made relative to the file's folder. An empty file is empty."""
     try:
-        with file.open("rb") as stream:
-            raw = stream.read(_MAX_YAML_BYTES + 1)
+        raw = _read_regular(file, _MAX_YAML_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         raise _failure(_detail(f"cannot read {file}: {getattr(error, 'strerror', error)}")) from error
     if len(raw) > _MAX_YAML_BYTES:
@@ -278,6 +279,18 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         if not is_repository(path) or os.path.exists(there):  # noqa: PTH110 (false, and no error, for a path with a NUL)
             values["checkpoint"] = str(there)
     return cast("dict[str, Any]", values)
+
+
+def _read_regular(file: Path, most_bytes: int) -> bytes:
+    """Read the beginning of a file, and nothing of what is no regular one: from a FIFO, that might never come."""
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        with os.fdopen(fd, "rb", closefd=False) as stream:
+            return stream.read(most_bytes)
+    finally:
+        os.close(fd)
 
 
 def _named(found: ErrorDetails, known: Iterable[str]) -> InitErrorDetails:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +18,7 @@ from weightstream.display import Display, format_bytes, format_rate
 from weightstream.errors import shown
 from weightstream.hashing import Hashing, Work
 from weightstream.outputs import Verification, VerifiedShard
-from weightstream.prefetch.digests import MANIFEST_NAME, Digest, write_manifest
+from weightstream.prefetch.digests import MANIFEST_NAME, Digest, unfinished_manifest, write_manifest
 from weightstream.summary import print_facts, print_table, print_title
 from weightstream.warm import in_thread
 
@@ -114,7 +116,18 @@ def _says(expected: Digest | None) -> str:
     return "" if expected is None else f"says the {expected.source}"
 
 
-async def verify(config: LoaderConfig, display: Display, *, writes_manifest: bool, overwrites: bool) -> Verdict:
+#: How long the removal of an unfinished manifest is waited for, in seconds: a file system that hangs holds nobody up.
+_REMOVAL_S = 0.1
+
+
+async def verify(
+    config: LoaderConfig,
+    display: Display,
+    *,
+    writes_manifest: bool,
+    overwrites: bool,
+    cleanups: list[Callable[[], None]],
+) -> Verdict:
     """Hash every file of the checkpoint that the configuration names, several at a time.
 
     Args:
@@ -123,6 +136,7 @@ async def verify(config: LoaderConfig, display: Display, *, writes_manifest: boo
         display: shows progress.
         writes_manifest: write what was found beside the checkpoint, unless a file is not what it should be.
         overwrites: whether a manifest that is there is replaced, and not believed.
+        cleanups: called if the process ends before this returns; see `Shutdown`.
 
     Raises:
         ManifestExistsError: there is a manifest already; nothing has been read.
@@ -131,13 +145,15 @@ async def verify(config: LoaderConfig, display: Display, *, writes_manifest: boo
     """
     work = Work(config)
     try:
-        return await _verify(work, display, writes_manifest=writes_manifest, overwrites=overwrites)
+        return await _verify(work, display, writes_manifest=writes_manifest, overwrites=overwrites, cleanups=cleanups)
     finally:
         with anyio.CancelScope(shield=True):
             await in_thread(work.close)
 
 
-async def _verify(work: Work, display: Display, *, writes_manifest: bool, overwrites: bool) -> Verdict:
+async def _verify(
+    work: Work, display: Display, *, writes_manifest: bool, overwrites: bool, cleanups: list[Callable[[], None]]
+) -> Verdict:
     with display.step("checking the checkpoint"):
         checkpoint = await in_thread(work.open)
     manifest = checkpoint.folder / MANIFEST_NAME
@@ -154,6 +170,15 @@ async def _verify(work: Work, display: Display, *, writes_manifest: bool, overwr
     written: Path | None = None
     if writes_manifest and all(shard.status != "wrong" for shard in shards):
         lines = [(shard.name, shard.sha256) for shard in shards]
-        write = functools.partial(write_manifest, checkpoint.folder, lines, overwrite=overwrites)
+        temporary = unfinished_manifest(checkpoint.folder)
+        cleanups.append(functools.partial(_remove, temporary))
+        write = functools.partial(write_manifest, checkpoint.folder, lines, overwrite=overwrites, temporary=temporary)
         written = await in_thread(lambda: work.call(write))
     return Verdict(str(checkpoint.path), shards, time.monotonic() - work.began_s, work.num_retries, written)
+
+
+def _remove(file: Path) -> None:
+    """Remove a file, if it is there and its file system answers."""
+    removal = threading.Thread(target=file.unlink, kwargs={"missing_ok": True}, daemon=True)
+    removal.start()
+    removal.join(_REMOVAL_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,17 @@ def test_warm_writes_pages_and_pictures(weightstream: Run, config: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("load.svg", "ends in none of them"), ("no/load.png", "there is no folder")]
+    ("name", "message"),
+    [
+        ("load.svg", "ends in none of them"),
+        ("no/load.png", "there is no folder"),
+        ("fifo.json", "not a regular file"),
+        ("folder.html", "not a regular file"),
+    ],
 )
 def test_impossible_files_are_usage_errors(weightstream: Run, config: Path, name: str, message: str) -> None:
+    os.mkfifo(config.parent / "fifo.json")
+    (config.parent / "folder.html").mkdir()
     result = weightstream("warm", config, "--timeline", config.parent / name)
     assert result.code == 2
     assert message in " ".join(result.err.split())

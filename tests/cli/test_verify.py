@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from tests.builders import flip, open_files, write_checkpoint, write_sums
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, Start
 from tests.fakes.filesystem import Behaviour, Fault, mounted
 from tests.fakes.fixtures import requires_fuse
 from weightstream import hashing
@@ -211,6 +212,15 @@ def test_files_of_torch_save_are_hashed_whole(weightstream: Run, tmp_path: Path)
     assert (result.code, json.loads(result.out)["shards"][0]["sha256"]) == (0, sha256(file))
     flip(file, file.read_bytes().index(b"ZZZZ"))  # padding, which nothing else looks at
     assert weightstream("verify", file, "--quiet").code == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_unfinished_manifest_does_not_stay_behind(start: Start, folder: Path, number: signal.Signals) -> None:
+    running = start("verify", folder, "--write-manifest", prepare="os.fsync = lambda fd: hang()")
+    running.wait_for("REACHED")
+    assert len(list(folder.glob(f".{MANIFEST_NAME}.*"))) == 1
+    assert running.end_by(number).code == 128 + number
+    assert list(folder.glob(f"*{MANIFEST_NAME}*")) == []
 
 
 @requires_fuse

@@ -300,6 +300,13 @@ def test_missing_file_ends_with_2(weightstream: Run, tmp_path: Path) -> None:
     assert result.err == f"error: cannot read {tmp_path / 'nothing.yaml'}: No such file or directory\n"
 
 
+def test_configuration_that_is_a_fifo_is_not_waited_for(weightstream: Run, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "c.yaml")
+    result = weightstream("warm", tmp_path / "c.yaml")
+    assert result.err == f"error: cannot read {tmp_path / 'c.yaml'}: not a regular file\n"
+    assert result.code == 2
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [

@@ -13,7 +13,7 @@ import pytest
 from tests.builders import obeying_modes, random_tensors, write_checkpoint, write_shard, write_sums
 from weightstream.errors import CheckpointError, IntegrityError, ReadError
 from weightstream.prefetch.checkpoint import open_checkpoint
-from weightstream.prefetch.digests import Digest, find_digests, no_digest, parse_manifest, write_manifest
+from weightstream.prefetch.digests import MANIFEST_NAME, Digest, find_digests, no_digest, parse_manifest, write_manifest
 
 A, B = "a" * 64, "b" * 64
 
@@ -190,6 +190,12 @@ def test_manifest_that_is_there_is_replaced_only_if_asked(tmp_path: Path) -> Non
     write_manifest(tmp_path, [("x", B)], overwrite=True)
     assert parse_manifest((tmp_path / "SHA256SUMS").read_bytes(), file="") == [("x", B)]
     assert os.listdir(tmp_path) == ["SHA256SUMS"]
+
+
+def test_what_another_process_has_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    """Also where this one has its number now."""
+    (tmp_path / f".{MANIFEST_NAME}.{os.getpid()}").touch()
+    assert write_manifest(tmp_path, [("x", A)]) == tmp_path / MANIFEST_NAME
 
 
 def test_manifest_that_cannot_be_finished_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ def check_can_save(path: str | os.PathLike[str]) -> None:
     """Make sure, before the load, that its timeline can be saved under this name afterwards.
 
     Raises:
-        ValueError: the name has another suffix than .html, .png and .json.
+        ValueError: the name has another suffix than .html, .png and .json, or something else than a file has it: a FIFO
+            would be waited at for a reader.
         FileNotFoundError: there is no such folder.
         ModuleNotFoundError: the library for it is not installed; the message says what to install.
     """
@@ -30,6 +31,8 @@ def check_can_save(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{file}: a timeline is saved as {', '.join(_NEEDED)}, and this name ends in none of them")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{file}: there is no folder {file.parent}")
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{file}: there is something that is not a regular file")
     if needed and find_spec(needed) is None:
         raise ModuleNotFoundError(
             f"{file}: this needs {needed}, which is not installed: pip install 'weightstream[timeline]'", name=needed
