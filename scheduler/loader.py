@@ -9,9 +9,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
-import anyio
 import torch
-from anyio.abc import TaskGroup
 from torch import nn
 
 from weightstream.device.accelerator import caller_streams
@@ -25,7 +23,6 @@ from weightstream.scheduler.handle import (
     TensorStream,
     in_own_thread,
     insist,
-    outlast,
     settle,
     stop_and_settle,
 )
@@ -87,7 +84,8 @@ class Loader:
         self._machine = machine
         self._engine: Engine | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._tasks: TaskGroup | None = None
+        #: Those that run, and maybe some that have ended. None: this is not open.
+        self._jobs: list[Job] | None = None
         self._closing = asyncio.Event()
 
     async def __aenter__(self) -> Self:
@@ -201,7 +199,7 @@ class Loader:
         return stream
 
     def _open_engine(self) -> Engine:
-        if self._engine is None or self._tasks is None:
+        if self._engine is None or self._jobs is None:
             raise RuntimeError("the Loader is not open: use it inside `async with`")
         return self._engine
 
@@ -209,9 +207,11 @@ class Loader:
         return make_job(self._open_engine(), path, sink, caller_streams(), recorder)
 
     def _launch(self, job: Job) -> None:
-        """Start a job that somebody waits for already: whatever interrupts this thread, it ends before the loader does."""
-        assert self._tasks is not None
-        self._tasks.start_soon(self._attend, job)
+        """Start a job that the supervisor ends, whatever interrupts this thread, before the loader ends."""
+        jobs = self._jobs
+        assert jobs is not None
+        jobs[:] = [other for other in jobs if not other.finished.done()]
+        jobs.append(job)
         job.start()
 
     async def _begin(self, job: Job) -> LoadHandle:
@@ -236,36 +236,43 @@ class Loader:
             raise
 
     async def _supervise(self, engine: Engine, opened: asyncio.Event) -> None:
-        """Own the task group of this loader's loads, and its engine, in a task of its own, until the loader is closed.
+        """Own this loader's loads, and its engine, in a task of its own, until the loader is closed.
 
-        A task group that `__aenter__` entered would bind the loader to the task that opened it. When the event loop
+        What `__aenter__` entered would bind the loader to the task that opened it. When the event loop
         itself is shut down, this task is cancelled like all others, and so every load and every thread ends before the
         loop does: also where Ctrl-C has come out of the loop in the middle of anything.
         """
+        jobs: list[Job] = []
         try:
             try:
-                async with anyio.create_task_group() as tasks:
-                    self._tasks = tasks
-                    opened.set()
-                    await self._closing.wait()
-                    tasks.cancel_scope.cancel()
+                self._jobs = jobs
+                opened.set()
+                await self._closing.wait()
             finally:
-                self._tasks = None
-                await _close_engine(engine)
+                self._jobs = None
+                await _close(engine, jobs)
         finally:  # once more, because this thread may be interrupted in the middle of it, or before
-            await _close_engine(engine)
-
-    async def _attend(self, job: Job) -> None:
-        """Wait for one load; stop it when the loader is closed. Its error belongs to its handle, not to its siblings."""
-        try:
-            await outlast(job.finished)
-        finally:
-            await stop_and_settle(job)
+            await _close(engine, jobs)
 
 
-async def _close_engine(engine: Engine) -> None:
-    if not engine.is_closed:
-        engine.hurry(sys.exc_info()[0])
-        closed, thread = in_own_thread(engine.close, spawn=engine.clock.spawn)
-        await insist(closed, on_cancel=engine.stragglers.hurry)
+async def _close(engine: Engine, jobs: list[Job]) -> None:
+    """End loads, and then the engine, on a thread that no signal interrupts. Errors of loads belong to their handles.
+
+    Not where the interpreter goes, and this is closed for being collected: see `end_alone`.
+    """
+    if engine.is_closed or sys.is_finalizing():
+        return
+
+    def close() -> None:
+        for job in jobs:  # nobody adds any
+            job.stop()
+        for job in jobs:
+            job.end()
+        closed, thread = in_own_thread(engine.close, spawn=engine.clock.spawn)  # and the clock goes on until then
         thread.join()
+        closed.result()
+
+    engine.hurry(sys.exc_info()[0])
+    closed, thread = in_own_thread(close)
+    await insist(closed, on_cancel=engine.stragglers.hurry)
+    thread.join()

@@ -36,6 +36,7 @@ EXPECTED: dict[str, tuple[int, bool]] = {
     "daemon thread, sys.exit": (3, False),
     "loader, sys.exit": (3, False),
     "loader, exception": (1, True),
+    "loader, stream begun, sys.exit": (3, False),
     "loader left open": (0, False),
     "stream left open": (0, False),
     "load_sync, SIGINT": (-signal.SIGINT, True),
@@ -102,6 +103,10 @@ def end_soon(how: str) -> None:
 
 
 async def with_loader(how: str, path: str) -> None:
+    if "stream begun" in how:
+        loader = await ws.Loader(CONFIG).__aenter__()
+        globals()["kept"] = loader, loader.stream(path)
+        end(how)  # before the loop has run anything else
     async with ws.Loader(CONFIG) as loader:
         await loader.start(model(), path)
         reading.wait()
