@@ -66,9 +66,12 @@ def print_report(console: Console, report: LoadReport, extra: Iterable[tuple[str
     """Print what a load did, `extra` facts about it, and where the time went."""
     is_cache = report.device == "page-cache"
     what = f"{format_bytes(report.num_bytes)}, {_count(report.num_tensors, 'tensor')} in {_count(report.num_shards, 'shard')}"
-    verb = "Mapped" if report.mapped_bytes == report.num_bytes > 0 else "Loaded"
+    is_mapped = report.mapped_bytes == report.num_bytes > 0
+    verb = "Mapped" if is_mapped else "Loaded"
     done = f"Read {what}, into the page cache" if is_cache else f"{verb} {what}, onto {report.device}"
-    if report.mapped_bytes:  # for which there is no rate: they were not moved
+    if is_mapped and not report.read_bytes:  # for which there is no rate: nothing was moved
+        rate = ""
+    elif report.mapped_bytes:
         rate = f"; {format_bytes(report.mapped_bytes)} mapped, {format_bytes(report.read_bytes)} read"
     else:
         rate = f": {format_rate(report.throughput_bytes_per_s)}"
