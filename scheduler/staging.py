@@ -114,7 +114,8 @@ class Staging:
             slots = slots_of_own(plan, strategy, io, num_cold=num_cold)
             if slots.most:
                 self.tell_lost(on_fallback)
-            return self._own_ring(landing_bytes, backend, slots, on_fallback)
+            window_bytes = _window_bytes(plan, strategy) if delivers and backend.lands else 0
+            return self._own_ring(landing_bytes, window_bytes, backend, slots, on_fallback)
         needed = sum(
             1 for chunk in plan.chunks if chunk.transfer.slot_bytes or (io == "direct" and not chunk.is_mapped)
         )
@@ -135,7 +136,8 @@ class Staging:
                     "no slot of the ring fits into what is left of prefetch.host_memory",
                     expected=f"{self.ring.slot_bytes} bytes or more",
                     actual=f"{self.budget.left_bytes} bytes",
-                    hint="Raise prefetch.host_memory, or lower prefetch.chunk",
+                    hint=f"Set prefetch.host_memory to {self._with(self.ring.slot_bytes)} bytes or more, or lower"
+                    " prefetch.chunk",
                 )
             self._num_ring_users += 1
         if limited:
@@ -146,9 +148,17 @@ class Staging:
         return self.ring
 
     def _own_ring(
-        self, landing_bytes: int, backend: Backend, slots: OwnSlots, on_fallback: Callable[[str], None]
+        self,
+        landing_bytes: int,
+        window_bytes: int,
+        backend: Backend,
+        slots: OwnSlots,
+        on_fallback: Callable[[str], None],
     ) -> Ring | None:
-        """Make a ring for one load alone; None if it needs no slot, or can do without those that there is no room for."""
+        """Make a ring for one load alone; None if it needs no slot, or can do without those that there is no room for.
+
+        Slots that it can do without leave `window_bytes` of the budget for what waits for a consumer.
+        """
         if not slots.most:
             return None
         self.make_room(slots.most * slots.slot_bytes)
@@ -159,7 +169,8 @@ class Staging:
             self._check_fits("host memory, where they are staged", slots.needed_bytes, available_bytes())
         left_bytes = self.budget.left_bytes
         ring = self._make_ring(slots.slot_bytes, self.budget, self.account, self._wake)
-        segments = ring.grow(slots.most, numa_node=backend.numa_node)
+        most = min(slots.most, max(slots.least, (left_bytes - window_bytes) // slots.slot_bytes))
+        segments = ring.grow(most, numa_node=backend.numa_node)
         if ring.statistics().num_slots < slots.least:
             ring.close()
             if slots.optional:
@@ -168,8 +179,8 @@ class Staging:
                 "what this strategy stages at once does not fit into what is left of prefetch.host_memory",
                 expected=f"{slots.needed_bytes} bytes",
                 actual=f"{left_bytes} bytes",
-                hint=f"Set prefetch.host_memory to {self.budget.limit_bytes - left_bytes + slots.needed_bytes} bytes or"
-                " more, or strategy to stream",
+                hint=f"Set prefetch.host_memory to {self._with(slots.needed_bytes + window_bytes)} bytes or more, or strategy to"
+                " stream",
             )
         # It has no slot too many.
         self._pinning.begin(ring, segments, backend, may_shrink=False, on_fallback=on_fallback)
@@ -239,9 +250,27 @@ class Staging:
         if num_lost := self.num_lost():
             on_fallback(f"{num_lost} slots are lost to reads of other loads that have not returned yet")
 
+    def _with(self, num_bytes: int) -> int:
+        """Return which `host_memory` has room for so much more than is taken of it."""
+        return self.budget.limit_bytes - self.budget.left_bytes + num_bytes
+
+    def least_ring_bytes(
+        self, plan: LoadPlan, strategy: ChosenStrategy, io: Literal["auto", "buffered", "direct"]
+    ) -> int:
+        """Return what a plan's slots take at least, if nothing that it reads should be in the page cache."""
+        if strategy in ("preload", "direct"):
+            slots = slots_of_own(plan, strategy, "buffered" if strategy == "direct" and io == "auto" else io)
+            return 0 if slots.optional else slots.needed_bytes
+        passes = (chunk.transfer.slot_bytes or chunk.transfer.in_place for chunk in plan.chunks)
+        return self.ring.slot_bytes if io == "direct" or any(passes) else 0
+
     @contextmanager
-    def borrow(self, num_bytes: int) -> Generator[None, None, None]:
+    def borrow(self, num_bytes: int, *, ring_bytes: int = 0) -> Generator[None, None, None]:
         """Take a part of the budget, for tensors that are loaded beside those that they are copied to.
+
+        Args:
+            num_bytes: how much.
+            ring_bytes: what the load takes for slots afterwards, at least: the error counts this, too.
 
         Raises:
             MemoryBudgetError: so much is not left.
@@ -255,8 +284,8 @@ class Staging:
                 " storage) do not fit into what is left of prefetch.host_memory",
                 expected=f"{num_bytes} bytes",
                 actual=f"{left_bytes} bytes",
-                hint=f"Set prefetch.host_memory to {self.budget.limit_bytes - left_bytes + num_bytes} bytes or more, or"
-                " load into a model on meta; strategy: direct holds modules that load themselves one by one",
+                hint=f"Set prefetch.host_memory to {self._with(num_bytes + ring_bytes)} bytes or more, or load into a model"
+                " on meta; strategy: direct holds modules that load themselves one by one",
             )
         try:
             yield
@@ -278,3 +307,9 @@ class Staging:
                 actual=f"{available} bytes",
                 hint="Free some, or load onto another device",
             )
+
+
+def _window_bytes(plan: LoadPlan, strategy: ChosenStrategy) -> int:
+    """Return what waits for a consumer at a time, at least, where each block is there until it is taken."""
+    blocks = plan.layout.blocks[plan.layout.num_given :]
+    return sum(blocks) if strategy == "preload" else max(blocks, default=0)
