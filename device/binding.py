@@ -129,8 +129,14 @@ class Binder:
             PlacementError: two names of one tied tensor have different bytes, or a module's own hooks failed.
         """
         ready: list[str] = []
+        if turn.subtree is None:
+            self._stage.run(lambda: self._place(turn, ready))
+            self._stage.free(turn.beside)
+            return ready
+        given = [(index, self._staged[self._placement.places[index].name].data_ptr()) for index in turn.places]
         self._stage.run(lambda: self._place(turn, ready))
-        self._stage.free(turn.beside)
+        kept = {target.tensor.data_ptr() for target in turn.subtree.targets if target.on_meta}
+        self._stage.free(index for index, pointer in given if pointer not in kept)
         return ready
 
     def finish(self, check: Callable[[], None] = lambda: None) -> list[str]:
@@ -337,6 +343,7 @@ class Binder:
             elif (contents.data_ptr(), contents.dtype, contents.shape) in whole:
                 self._adopt([target.tensor], [contents])
             else:  # a hook's slice holds all of a block
+                self._stage.made(contents.nbytes, subtree.places[0].device if subtree.places else 0)
                 self._adopt([target.tensor], [contents.clone(memory_format=torch.contiguous_format)])
         ready.extend(place.name for place in subtree.places)
         ready.extend(name for target in subtree.targets for name in target.names)

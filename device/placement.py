@@ -17,7 +17,7 @@ from weightstream.device.names import NameRules
 from weightstream.device.targets import Subtree, Target
 from weightstream.errors import MissingKeysError, UnexpectedKeysError, some
 
-__all__ = ["ALIGNMENT_BYTES", "Mode", "Place", "Placement", "Stored", "is_adopted", "padded", "tensor_of"]
+__all__ = ["ALIGNMENT_BYTES", "Mode", "Place", "Placement", "Stored", "beside_bytes", "is_adopted", "padded", "tensor_of"]
 
 #: Every tensor begins on such a boundary: kernels with vector loads and TMA fault otherwise. It is also a multiple of
 #: every element's size, so a tensor cut at such a boundary is never cut inside an element.
@@ -135,9 +135,11 @@ class Placement:
 
     def staged_bytes(self, devices: Collection[int]) -> int:
         """Return how many bytes are loaded beside tensors that have storage, and dropped when the load ends."""
-        own = [place for tree in self.subtrees for place in tree.places if not is_adopted(place)]
-        beside = (*own, *self.strided, *self.shared, *self.sharded, *(second for _, second in self.doubles))
-        return sum(place.held_bytes for place in beside if place.device in devices)
+        own_bytes = sum(
+            beside_bytes(place) for tree in self.subtrees for place in tree.places if place.device in devices
+        )
+        beside = (*self.strided, *self.shared, *self.sharded, *(second for _, second in self.doubles))
+        return own_bytes + sum(place.held_bytes for place in beside if place.device in devices)
 
     def kept_bytes(self, devices: Collection[int]) -> int:
         """Return how many bytes are copied, so that they can be put back, before what may fail is done to them."""
@@ -232,6 +234,18 @@ class Placement:
 def is_adopted(place: Place) -> bool:
     """Tell whether a tensor for a module that loads itself is what the model keeps, because there was none but on meta."""
     return place.target is not None and place.target.on_meta
+
+
+def beside_bytes(place: Place) -> int:
+    """Return how much of what a module that loads itself is given is more than what the model keeps: all, mostly.
+
+    A parameter on meta takes its tensor, or a part of it, where a hook slices it. What is there under other names than the
+    model's, which hooks rename or join, counts whole.
+    """
+    if not is_adopted(place):
+        return place.held_bytes
+    assert place.target is not None
+    return max(0, place.held_bytes - padded(place.target.tensor.nbytes))
 
 
 def tensor_of(place: Place) -> torch.Tensor:

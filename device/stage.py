@@ -197,6 +197,11 @@ class DeviceStage:
                 if block != IN_SLOT:
                     self._destinations[self._layout.device_of[block]].on_free(self._layout.blocks[block])
 
+    def made(self, num_bytes: int, device: int) -> None:
+        """Note that a tensor has been made on a device that parameters keep, beside the blocks."""
+        with self._lock:
+            self._destinations[device].on_block(num_bytes)
+
     def run(self, action: Callable[[], None]) -> None:
         """Call `action` with the user's streams current, and return when its work on the devices is done."""
         for to in self._destinations:

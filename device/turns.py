@@ -2,10 +2,10 @@
 
 Tensors that a module loads itself, that are copied to storage whose elements do not lie in order, of which each process
 keeps a part, or that are compared because a tied tensor is there under another name too, are loaded beside what the model
-keeps. Where all of them are placed at the end of a load, all of them are held until then. In *turns* no more is held than
-the largest of them: a turn is one such module with all that it is given, one such tensor, or one tied tensor under all its
-names. Turns come when all else is in the model. Each is placed as soon as it is there, its memory is let go, and only then the
-next is read.
+keeps; so is, for parameters on meta, what hooks slice off, or make something else of. Where all of them are placed at the
+end of a load, all of them are held until then. In *turns* no more is held than the largest of them: a turn is one such
+module with all that it is given, one such tensor, or one tied tensor under all its names. Turns come when all else is in the
+model. Each is placed as soon as it is there, its memory is let go, and only then the next is read.
 
 Not in turns, and placed at the end as ever: modules that have a tensor which is loaded elsewhere too (a tie), or lies in
 memory that others have too, because the order in which these are written counts.
@@ -13,14 +13,14 @@ memory that others have too, because the order in which these are written counts
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from weightstream.device.kinds import PLAIN
-from weightstream.device.placement import Place, Placement, is_adopted
+from weightstream.device.placement import Place, Placement, beside_bytes, padded
 from weightstream.device.sharing import find_sharing, length_in_memory
 from weightstream.device.targets import Subtree
 
@@ -32,7 +32,7 @@ class Turn(NamedTuple):
 
     Attributes:
         places: all of it, as indices in `Placement.places`.
-        beside: those of them whose memory is let go when they have been placed; parameters on meta take theirs.
+        beside: those of them that are loaded beside what the model keeps, whole or in part; see `beside_bytes`.
         subtree: the module that loads itself, if it is one.
         doubles: pairs of places to be compared, if it is a tied tensor.
     """
@@ -41,6 +41,19 @@ class Turn(NamedTuple):
     beside: tuple[int, ...]
     subtree: Subtree | None = None
     doubles: tuple[tuple[Place, Place], ...] = ()
+
+    def beside_bytes(self, places: list[Place], devices: Collection[int]) -> int:
+        """Return how much is held, on these devices, beside what the model keeps."""
+        found = [places[index] for index in self.beside if places[index].device in devices]
+        return sum(place.held_bytes if self.subtree is None else beside_bytes(place) for place in found)
+
+    def dropped_bytes(self, places: list[Place], devices: Collection[int]) -> int:
+        """Return how much less of it there is when it has been placed. What is on meta takes as much as it has elements."""
+        if self.subtree is None:
+            return self.beside_bytes(places, devices)
+        found = [places[index] for index in self.places if places[index].device in devices]
+        kept_bytes = sum(padded(target.tensor.nbytes) for target in self.subtree.targets if target.on_meta) if found else 0
+        return max(0, sum(place.held_bytes for place in found) - kept_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +70,14 @@ class Turns:
     of: dict[int, int]
 
     def spared_bytes(self, places: list[Place], devices: Collection[int]) -> int:
-        """Return how much less is held at a time than if all turns were held until the end."""
-        sizes = [
-            sum(places[index].held_bytes for index in turn.beside if places[index].device in devices)
-            for turn in self.turns
-        ]
+        """Return how much less is held at a time, beside what the model keeps, than if all turns were held until the end."""
+        sizes = [turn.beside_bytes(places, devices) for turn in self.turns]
         return sum(sizes) - max(sizes)
+
+    def dropped_bytes(self, places: list[Place], devices: Collection[int]) -> int:
+        """Return how much less there is, at a time, of all that is loaded, than if all turns were held until the end."""
+        dropped = sum(turn.dropped_bytes(places, devices) for turn in self.turns)
+        return dropped - max(turn.beside_bytes(places, devices) for turn in self.turns)
 
 
 def find_turns(placement: Placement) -> Turns | None:
@@ -84,7 +99,7 @@ def find_turns(placement: Placement) -> Turns | None:
     turns += [Turn((index,), (index,)) for index in (index_of[place.name] for place in singles)]
     for subtree in candidates:
         if id(subtree) not in entangled:
-            beside = tuple(index_of[place.name] for place in _beside(subtree))
+            beside = tuple(index_of[place.name] for place in subtree.places if beside_bytes(place))
             turns.append(Turn(tuple(index_of[place.name] for place in subtree.places), beside, subtree))
     if len(turns) < 2:
         return None
@@ -101,19 +116,16 @@ def _tied(placement: Placement) -> list[list[tuple[Place, Place]]]:
     return list(tied.values())
 
 
-def _beside(subtree: Subtree) -> Iterator[Place]:
-    """Yield what a module copies to storage that it has. A parameter on meta may take what is stored under any name."""
-    takes_unnamed = any(target.on_meta for target in subtree.targets)
-    for place in subtree.places:
-        if not is_adopted(place) and not (place.target is None and takes_unnamed):
-            yield place
-
-
 def _may_come_alone(subtree: Subtree) -> bool:
-    """Tell whether a module has something to let go, and no tensor that others load, or that is of a kind of its own."""
-    if subtree.tied or not any(place.num_bytes for place in _beside(subtree)):
+    """Tell whether a module may have something to let go, and no tensor that others load, or that is of a kind of its own.
+
+    On meta it has if hooks slice or join what it is given, or make something else of it.
+    """
+    if subtree.tied or not any(place.num_bytes for place in subtree.places):
         return False
-    return all(target.on_meta or _is_in_memory(target.tensor) for target in subtree.targets)
+    if subtree.keeps_shapes and not any(map(beside_bytes, subtree.places)):
+        return False
+    return all(type(target.tensor) in PLAIN and target.tensor.layout is torch.strided for target in subtree.targets)
 
 
 def _entangled(placement: Placement) -> set[int]:

@@ -273,11 +273,10 @@ class Job:
             stack.callback(prepared.placement.release)
             landing = {device for device, backend in enumerate(prepared.backends) if backend.lands}
             if landing:
-                ring_bytes = engine.staging.least_ring_bytes(
-                    prepared.plan, prepared.decision.strategy, sink.prefetch_config.io
-                )
+                strategy, io = prepared.decision.strategy, sink.prefetch_config.io
+                ring_bytes = engine.staging.least_ring_bytes(prepared.plan, strategy, io)
                 beside_bytes = prepared.beside_bytes(landing)
-                stack.enter_context(engine.staging.borrow(beside_bytes, ring_bytes=ring_bytes))
+                stack.enter_context(engine.staging.borrow(beside_bytes, strategy, ring_bytes=ring_bytes))
             if prepared.placement.hooks_may_change_more:
                 self.fall_back(_NOT_ALL_ATOMIC)
             self._total_bytes, self._mapped_bytes = prepared.plan.total_bytes, prepared.plan.given_bytes

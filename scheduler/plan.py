@@ -101,8 +101,8 @@ class LoadPlan:
 
     def bytes_on(self, device: int) -> int:
         """How much memory the blocks on a device take that are there at a time."""
-        spared_bytes = 0 if self.turns is None else self.turns.spared_bytes(self.layout.places, {device})
-        return self.layout.bytes_on(device) - spared_bytes
+        dropped_bytes = 0 if self.turns is None else self.turns.dropped_bytes(self.layout.places, {device})
+        return self.layout.bytes_on(device) - dropped_bytes
 
 
 def make_plan(  # noqa: PLR0913 (sizes and switches that have nothing in common)

@@ -265,11 +265,14 @@ class Staging:
         return self.ring.slot_bytes if io == "direct" or any(passes) else 0
 
     @contextmanager
-    def borrow(self, num_bytes: int, *, ring_bytes: int = 0) -> Generator[None, None, None]:
+    def borrow(
+        self, num_bytes: int, strategy: ChosenStrategy = "stream", *, ring_bytes: int = 0
+    ) -> Generator[None, None, None]:
         """Take a part of the budget, for tensors that are loaded beside those that they are copied to.
 
         Args:
             num_bytes: how much.
+            strategy: how the load goes, for the message.
             ring_bytes: what the load takes for slots afterwards, at least: the error counts this, too.
 
         Raises:
@@ -284,8 +287,8 @@ class Staging:
                 " storage) do not fit into what is left of prefetch.host_memory",
                 expected=f"{num_bytes} bytes",
                 actual=f"{left_bytes} bytes",
-                hint=f"Set prefetch.host_memory to {self._with(num_bytes + ring_bytes)} bytes or more, or load into a model"
-                " on meta; strategy: direct holds modules that load themselves one by one",
+                hint=f"Set prefetch.host_memory to {self._with(num_bytes + ring_bytes)} bytes or more"
+                + ("" if strategy == "direct" else ", or strategy to direct, which holds most of them one by one"),
             )
         try:
             yield

@@ -57,13 +57,16 @@ def test_single_turn_is_none(count: int) -> None:
     assert turns_of(nn.Sequential(nn.Linear(2, 2), *(hooked() for _ in range(count)))) == []
 
 
-def test_module_on_meta_has_nothing_to_let_go() -> None:
-    assert turns_of(nn.Sequential(hooked(), hooked(), hooked()).to("meta")) == []
+def test_module_on_meta_has_something_to_let_go_if_hooks_may_make_something_else_of_it() -> None:
+    assert turns_of(nn.Sequential(*(nn.BatchNorm1d(3, track_running_stats=False) for _ in range(3))).to("meta")) == []
+    found = turns_of(nn.Sequential(hooked(), hooked()).to("meta"))
+    assert found == [(["0.weight", "0.bias"], []), (["1.weight", "1.bias"], [])]
     model = nn.Sequential(hooked(), hooked(), hooked().to("meta"))
     model[1].bias = nn.Parameter(torch.empty(3, device="meta"))
     assert turns_of(model) == [
         (["0.weight", "0.bias"], ["0.weight", "0.bias"]),
         (["1.weight", "1.bias"], ["1.weight"]),
+        (["2.weight", "2.bias"], []),
     ]
 
 

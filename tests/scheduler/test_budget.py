@@ -46,7 +46,9 @@ def strided(where: str) -> nn.Module:
 
 def in_one_memory(where: str) -> nn.Module:
     whole = torch.zeros(4 * WIDTH, WIDTH, device=where)
-    return nn.ParameterList([nn.Parameter(whole), *(nn.Parameter(part) for part in whole.split(WIDTH))])
+    return nn.ParameterList(
+        [nn.Parameter(whole), *(nn.Parameter(whole[i * WIDTH : (i + 1) * WIDTH]) for i in range(4))]
+    )
 
 
 def halves(where: str) -> nn.Module:

@@ -385,3 +385,76 @@ async def test_modules_whose_memory_others_have_too_are_placed_at_the_end(
     model.load_state_dict(tensors)
     assert_loaded(model, loaded)
     assert witness.order[:5] == (list("02341") if entangle is tied else list("12304"))
+
+
+def joined(state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+    state[f"{prefix}weight"] = torch.cat([state.pop(f"{prefix}q"), state.pop(f"{prefix}k")])
+
+
+def sliced(state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+    state[f"{prefix}weight"] = state[f"{prefix}weight"][:WIDTH]
+
+
+def doubled(state: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+    state[f"{prefix}weight"] = state[f"{prefix}weight"] * 2
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["loaded", "failed"])
+@pytest.mark.parametrize("hook", [joined, sliced, doubled])
+async def test_modules_on_meta_let_go_of_what_their_hooks_have_made_something_else_of(
+    make_rig: MakeRig, tmp_path: Path, hook: Callable[..., None], *, fails: bool
+) -> None:
+    rig = make_rig("host")
+    witness = Witness(rig)
+    rows = WIDTH * (2 if hook is joined else 1)
+    model = nn.Sequential(*(nn.Linear(WIDTH, rows, bias=False, device="meta") for _ in range(6)))
+    for layer in model:
+        witness.watch(layer)
+        cast("Any", layer)._register_load_state_dict_pre_hook(hook)
+    names = ("q", "k") if hook is joined else ("weight",)
+    shape = (WIDTH * (4 if hook is sliced else 1), WIDTH)
+    tensors = {f"{number}.{name}": torch.rand(shape) for number in range(6) for name in names}
+    path = write_in_order(tmp_path, tensors)
+    witness.fails_at = 4 if fails else -1
+    if fails:
+        async with rig.loader(strategy="direct") as loader:
+            with pytest.raises(ws.PlacementError, match=r"4 \(Linear\), which loads itself, failed: half-way"):
+                await loader.load(model, path)
+        assert all(parameter.is_meta for parameter in model.parameters())
+        return
+    largest_turn = sum(tensors[f"0.{name}"].nbytes for name in names)
+    async with rig.loader(strategy="direct", host_memory=160 * KIB) as loader:
+        report = await loader.load(model, path)
+    assert witness.num_alive == [0] * 6
+    expected = nn.Sequential(*(nn.Linear(WIDTH, rows, bias=False) for _ in range(6)))
+    for layer in expected:
+        cast("Any", layer)._register_load_state_dict_pre_hook(hook)
+    expected.load_state_dict(tensors)
+    assert_loaded(model, expected.state_dict())
+    model_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    assert report.host_peak_bytes == model_bytes + largest_turn
+
+
+async def test_what_hooks_of_a_model_on_meta_slice_off_counts_towards_the_budget(
+    make_rig: MakeRig, tmp_path: Path
+) -> None:
+    rig = make_rig("host")
+
+    def build() -> nn.Sequential:
+        model = nn.Sequential(*(nn.Linear(2 * WIDTH, WIDTH, bias=False, device="meta") for _ in range(10)))
+        for layer in model:
+            cast("Any", layer)._register_load_state_dict_pre_hook(sliced)
+        return model
+
+    tensors = {f"{number}.weight": torch.rand(2 * WIDTH, 2 * WIDTH) for number in range(10)}
+    path = write_in_order(tmp_path, tensors)
+    beside_bytes = 10 * 2 * WIDTH * WIDTH * 4
+    async with rig.loader(strategy="stream", host_memory=beside_bytes - 1) as loader:
+        with pytest.raises(ws.MemoryBudgetError, match=f"Set prefetch.host_memory to {beside_bytes} bytes or more, or"):
+            await loader.load(build(), path)
+    model = build()
+    async with rig.loader(strategy="auto", host_memory=beside_bytes - 1) as loader:
+        report = await loader.load(model, path)
+    assert report.strategy == "direct"
+    for name, tensor in model.state_dict().items():
+        assert_same(tensor, tensors[name][:WIDTH])
