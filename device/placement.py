@@ -17,7 +17,17 @@ from weightstream.device.names import NameRules
 from weightstream.device.targets import Subtree, Target
 from weightstream.errors import MissingKeysError, UnexpectedKeysError, some
 
-__all__ = ["ALIGNMENT_BYTES", "Mode", "Place", "Placement", "Stored", "beside_bytes", "is_adopted", "padded", "tensor_of"]
+__all__ = [
+    "ALIGNMENT_BYTES",
+    "Mode",
+    "Place",
+    "Placement",
+    "Stored",
+    "beside_bytes",
+    "is_adopted",
+    "padded",
+    "tensor_of",
+]
 
 #: Every tensor begins on such a boundary: kernels with vector loads and TMA fault otherwise. It is also a multiple of
 #: every element's size, so a tensor cut at such a boundary is never cut inside an element.

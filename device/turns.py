@@ -52,7 +52,9 @@ class Turn(NamedTuple):
         if self.subtree is None:
             return self.beside_bytes(places, devices)
         found = [places[index] for index in self.places if places[index].device in devices]
-        kept_bytes = sum(padded(target.tensor.nbytes) for target in self.subtree.targets if target.on_meta) if found else 0
+        kept_bytes = (
+            sum(padded(target.tensor.nbytes) for target in self.subtree.targets if target.on_meta) if found else 0
+        )
         return max(0, sum(place.held_bytes for place in found) - kept_bytes)
 
 
