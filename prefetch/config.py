@@ -17,7 +17,17 @@ from pydantic import (
 
 from weightstream.prefetch.ring import slot_bytes_for
 
-__all__ = ["PrefetchConfig", "Size"]
+__all__ = ["NO_BOOL", "PrefetchConfig", "Size"]
+
+
+def _refuse_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a number, and not true or false, is wanted")  # noqa: TRY004 (pydantic wants this one)
+    return value
+
+
+#: For every number: pydantic takes true for 1 otherwise.
+NO_BOOL = BeforeValidator(_refuse_bool)
 
 _parse_size = TypeAdapter(ByteSize).validate_python
 
@@ -25,6 +35,7 @@ _parse_size = TypeAdapter(ByteSize).validate_python
 Size = Annotated[
     int,
     BeforeValidator(_parse_size),
+    NO_BOOL,
     WithJsonSchema(
         {
             "anyOf": [
@@ -41,7 +52,7 @@ class PrefetchConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    workers: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
+    workers: Annotated[int, Field(ge=1, le=256), NO_BOOL] | Literal["auto"] = Field(
         default="auto",
         description="Reads at a time, each by a thread. `auto`: as many as there are usable cores, at least 2 and at "
         "most 8, from the page cache, and on the way to an accelerator all but 2, at most 16; from storage, with scheduler.adaptive, 8 in the beginning, or 10 where they also copy "
@@ -71,14 +82,14 @@ class PrefetchConfig(BaseModel):
         "next load is faster. `drop`: those that were not there before the load go as soon as they have been read, for "
         "hosts where the cache counts against a container's memory. Not for `strategy: map`, whose tensors are there.",
     )
-    retries: int = Field(
+    retries: Annotated[int, NO_BOOL] = Field(
         default=3,
         ge=0,
         le=100,
         description="How often the read of one chunk, or the opening of one file, is repeated after EIO, ESTALE, EAGAIN "
         "or ETIMEDOUT, with pauses that grow to 2 s, before the load fails.",
     )
-    stall_s: Annotated[float, Field(gt=0, le=366 * 24 * 3600, allow_inf_nan=False)] | None = Field(
+    stall_s: Annotated[float, Field(gt=0, le=366 * 24 * 3600, allow_inf_nan=False), NO_BOOL] | None = Field(
         default=300.0,
         description="Seconds after which a read, or an attempt to open a file, that has not returned is given up and the "
         "load fails with LoadTimeoutError. Its slot is lost until it returns; the Loader goes on working. null: never.",

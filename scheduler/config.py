@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from weightstream.device.config import DeviceConfig
-from weightstream.prefetch.config import PrefetchConfig
+from weightstream.prefetch.config import NO_BOOL, PrefetchConfig
 
 __all__ = ["SchedulerConfig", "Settings", "Strategy"]
 
@@ -31,7 +31,7 @@ class SchedulerConfig(BaseModel):
         description="Follow what is measured while loading: how many reads go on at a time (where prefetch.workers is "
         "`auto`) and how many bytes one read fetches. false: both stay as they are in the beginning.",
     )
-    timeout_s: Annotated[float, Field(gt=0, le=366 * 24 * 3600, allow_inf_nan=False)] | None = Field(
+    timeout_s: Annotated[float, Field(gt=0, le=366 * 24 * 3600, allow_inf_nan=False), NO_BOOL] | None = Field(
         default=None,
         description="Seconds (a year at most) after which a load fails with LoadTimeoutError, counted from its start. "
         "They cover the preflight, reading and copying: modules that load themselves are not interrupted. null: never.",

@@ -389,3 +389,25 @@ def test_schema_describes_every_key() -> None:
 def test_timeout_that_no_clock_could_keep_is_refused(seconds: float) -> None:
     with pytest.raises(ValidationError, match="timeout_s"):
         LoaderConfig(scheduler={"timeout_s": seconds})  # type: ignore[arg-type]  # pydantic makes it
+
+
+def test_every_number_refuses_true() -> None:
+    config = LoaderConfig()
+    taken = [
+        f"{section}.{field}"
+        for section in ("prefetch", "scheduler", "device")
+        for field, old in getattr(config, section)
+        if not isinstance(old, bool)
+        if _accepts(section, field, True)
+    ]
+    assert taken == []
+    with pytest.raises(ValidationError, match=r"prefetch\.retries\n.*a number, and not true or false, is wanted"):
+        LoaderConfig.model_validate({"prefetch": {"retries": False}})
+
+
+def _accepts(section: str, field: str, value: bool) -> bool:  # noqa: FBT001
+    try:
+        LoaderConfig.model_validate({section: {field: value}})
+    except ValidationError:
+        return False
+    return True
