@@ -158,7 +158,7 @@ class Files:
                     "the file system did not answer in time",
                     file=self._file,
                     expected=f"at most {seconds:g} s",
-                    actual=f"no answer for {now - self._began_s:.3g} s, while the file was opened, checked or compared",
+                    actual=f"no answer for {now - self._began_s:.3g} s, while the file was opened, read or compared",
                     hint=f"Look at the file system, or raise {setting}",
                 )
         return min(limits, default=None)

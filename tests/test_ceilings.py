@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,7 +162,7 @@ def test_memory_that_is_refused_ends_the_threads(tmp_path: Path, monkeypatch: py
     ids=["no-thread", "odd-chunk", "small-window", "empty-files", "no-files"],
 )
 def test_what_makes_no_sense_is_refused(
-    tmp_path: Path, sizes: list[int], settings: dict[str, int], message: str
+    tmp_path: Path, sizes: list[int], settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         read_ceiling(write(tmp_path, sizes), direct=False, **settings)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from weightstream.config import LoaderConfig
 from weightstream.display import Display, format_bytes
-from weightstream.errors import MemoryBudgetError
+from weightstream.errors import MemoryBudgetError, ReadError
 from weightstream.outputs import Kind, Sample
 from weightstream.prefetch.memory import available_bytes
 from weightstream.samples import (
@@ -196,7 +196,8 @@ async def _round(subject: Subject, arms: list[_Arm], display: Display, name: str
             await in_thread(touch, subject.needed_bytes // 2)
             try:
                 arm.samples.append(await arm.measure())
-            except OSError as error:
-                if arm.kind != "read direct" or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            except ReadError as error:
+                number = getattr(error.__cause__, "errno", None)
+                if arm.kind != "read direct" or number not in (errno.EINVAL, errno.EOPNOTSUPP):
                     raise
                 notes.append("O_DIRECT was not measured: the file system refuses it")

@@ -58,6 +58,7 @@ class CopyCeiling:
 class _Chunk:
     """Bytes `begin` to `end` of a file, whose place in memory begins at `place`."""
 
+    path: Path
     fd: int
     begin: int
     end: int
@@ -71,6 +72,7 @@ def read_ceiling(
     direct: bool,
     chunk_bytes: int = 16 * 2**20,
     window_bytes: int | None = None,
+    on_begin: Callable[[Path], None] = lambda _: None,
 ) -> ReadCeiling:
     """Read every byte of some files, and say how long that took.
 
@@ -86,9 +88,11 @@ def read_ceiling(
         direct: read past the page cache, with O_DIRECT.
         chunk_bytes: what one thread reads at a time, a multiple of 4 KiB.
         window_bytes: the memory that reads go round in, at least one chunk for each thread. None: as large as the files.
+        on_begin: told of the file before it is opened, and before each read of it, on the thread that does it.
 
     Raises:
-        OSError: a file cannot be opened or read, or ended early; or, if `direct`, its file system refuses O_DIRECT.
+        OSError: a file cannot be opened or read, or ended early; or, if `direct`, its file system refuses O_DIRECT. Its
+            `filename` says which.
         ValueError: no thread, an odd chunk, a window that is too small, or files without a byte.
     """
     if num_threads < 1:
@@ -103,21 +107,22 @@ def read_ceiling(
     with ExitStack() as stack:
         fds: list[int] = []
         for path in paths:
+            on_begin(path)
             fds.append(os.open(path, flags))
             stack.callback(os.close, fds[-1])
         sizes = [os.fstat(fd).st_size for fd in fds]
         if not any(sizes):
             raise ValueError(f"there is no byte to read in {len(sizes)} files")
-        chunks = _cut(fds, sizes, chunk_bytes)
+        chunks = _cut(paths, fds, sizes, chunk_bytes)
         length = sum(map(_whole_pages, sizes))
         if window_bytes is None or window_bytes >= length:
-            wall_s = _time_reads(chunks, num_threads, lambda: allocate(length))
+            wall_s = _time_reads(chunks, num_threads, lambda: allocate(length), on_begin)
         else:
             num_places = window_bytes // chunk_bytes
             chunks = [replace(chunk, place=n % num_places * chunk_bytes) for n, chunk in enumerate(chunks)]
             window = allocate(num_places * chunk_bytes)
             torch.frombuffer(window, dtype=torch.uint8).fill_(1)  # touches it
-            wall_s = _time_reads(chunks, num_threads, lambda: window)
+            wall_s = _time_reads(chunks, num_threads, lambda: window, on_begin)
     return ReadCeiling(sum(sizes), wall_s, num_threads, direct)
 
 
@@ -125,19 +130,22 @@ def _whole_pages(num_bytes: int) -> int:
     return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
-def _cut(fds: Sequence[int], sizes: Sequence[int], chunk_bytes: int) -> list[_Chunk]:
+def _cut(paths: Sequence[Path], fds: Sequence[int], sizes: Sequence[int], chunk_bytes: int) -> list[_Chunk]:
     """Cut files into chunks. Each file's place begins on a page, and has room for the rest of its last one."""
     chunks: list[_Chunk] = []
     place = 0
-    for fd, size in zip(fds, sizes, strict=True):
+    for path, fd, size in zip(paths, fds, sizes, strict=True):
         chunks += [
-            _Chunk(fd, begin, min(begin + chunk_bytes, size), place + begin) for begin in range(0, size, chunk_bytes)
+            _Chunk(path, fd, begin, min(begin + chunk_bytes, size), place + begin)
+            for begin in range(0, size, chunk_bytes)
         ]
         place += _whole_pages(size)
     return chunks
 
 
-def _time_reads(chunks: Sequence[_Chunk], num_threads: int, map_memory: Callable[[], mmap.mmap]) -> float:
+def _time_reads(
+    chunks: Sequence[_Chunk], num_threads: int, map_memory: Callable[[], mmap.mmap], on_begin: Callable[[Path], None]
+) -> float:
     """Map memory and read all chunks to their places in it on threads of its own; return seconds."""
     memory: list[memoryview] = []
     errors: list[BaseException] = []
@@ -151,6 +159,7 @@ def _time_reads(chunks: Sequence[_Chunk], num_threads: int, map_memory: Callable
             for chunk in _shared(todo, lock):
                 if errors:
                     return
+                on_begin(chunk.path)
                 _read_chunk(chunk, memory[0])
         except BaseException as error:  # noqa: BLE001 - raised again by whoever waits for the threads
             errors.append(error)
@@ -189,9 +198,14 @@ def _read_chunk(chunk: _Chunk, memory: memoryview) -> None:
     length = _whole_pages(chunk.end - chunk.begin)
     done = 0
     while chunk.begin + done < chunk.end:
-        count = os.preadv(chunk.fd, [memory[chunk.place + done : chunk.place + length]], chunk.begin + done)
+        try:
+            count = os.preadv(chunk.fd, [memory[chunk.place + done : chunk.place + length]], chunk.begin + done)
+        except OSError as error:
+            error.filename = str(chunk.path)
+            raise
         if count == 0:
-            raise OSError(errno.EIO, f"the file ended at byte {chunk.begin + done} while it was being read")
+            what = f"the file ended at byte {chunk.begin + done} while it was being read"
+            raise OSError(errno.EIO, what, str(chunk.path))
         done += count
 
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 import functools
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from weightstream import pagecache
 from weightstream.config import LoaderConfig
 from weightstream.drawing import save_timeline
 from weightstream.outputs import Sample
-from weightstream.prefetch.attempts import sleeping
+from weightstream.prefetch.attempts import Attempts, refused
 from weightstream.prefetch.memory import PAGE_BYTES, allocate, usable_cores
+from weightstream.scheduler.files import Files
+from weightstream.scheduler.looking import looking
 from weightstream.warm import in_thread
 
 if TYPE_CHECKING:
@@ -38,6 +41,8 @@ __all__ = [
     "sample_read",
     "touch",
 ]
+
+T = TypeVar("T")
 
 #: Raw reads use up to this many threads; the loader's own choice ends there too.
 _MOST_THREADS = 8
@@ -102,7 +107,7 @@ def fill_page_cache(subject: Subject, notes: list[str]) -> None:
 
 def empty_page_cache(subject: Subject, notes: list[str]) -> bool:
     """Drop the files from the page cache; return whether they are gone."""
-    pagecache.drop(subject.paths)
+    _within_limits(subject, lambda _, __: pagecache.drop(subject.paths))
     share = _resident_share(subject)
     if share is None:
         notes.append(
@@ -118,24 +123,38 @@ def empty_page_cache(subject: Subject, notes: list[str]) -> bool:
 def _resident_share(subject: Subject) -> float | None:
     """Return how much of the files is in the page cache; None: the kernel does not tell this user."""
     try:
-        return pagecache.resident_share(subject.paths)
+        return _within_limits(subject, lambda _, __: pagecache.resident_share(subject.paths))
     except pagecache.ResidencyUnknownError:
         return None
 
 
+def _within_limits(subject: Subject, action: Callable[[Files, Attempts], T]) -> T:
+    """Do something with the files, and give it up where one load would: see `looking`."""
+    with looking(subject.config) as (files, attempts):
+        files.begin(subject.checkpoint)
+        return files.call(functools.partial(action, files, attempts))
+
+
 def _read_all(subject: Subject, *, num_threads: int, direct: bool) -> ReadCeiling:
-    """Read all files raw; anew from the beginning, as often as a load would try, where that fails for a moment."""
+    """Read all files raw; anew from the beginning, as often as a load would try, where that fails for a moment.
+
+    Raises:
+        ReadError: they cannot be read.
+        LoadTimeoutError: a read does not return, or all of them take too long.
+    """
     from weightstream.ceilings import WINDOW_BYTES, read_ceiling  # noqa: PLC0415
 
     window = None if subject.device.type == "cpu" else WINDOW_BYTES
-    attempts, number = sleeping(subject.config.prefetch.retries), 0
-    while True:
+
+    def read(files: Files) -> ReadCeiling:
         try:
-            return read_ceiling(subject.paths, num_threads=num_threads, direct=direct, window_bytes=window)
+            return read_ceiling(
+                subject.paths, num_threads=num_threads, direct=direct, window_bytes=window, on_begin=files.begin
+            )
         except OSError as error:
-            if not attempts.once_more(error, number, subject.checkpoint):
-                raise
-            number += 1
+            raise refused("read the file", error, file=error.filename or subject.checkpoint) from error
+
+    return _within_limits(subject, lambda files, attempts: attempts.call(lambda: read(files), subject.checkpoint))
 
 
 async def sample_read(subject: Subject, num_threads: int, *, direct: bool) -> Sample:

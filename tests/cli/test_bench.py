@@ -37,8 +37,8 @@ def fixture_direct(monkeypatch: pytest.MonkeyPatch) -> None:
     """Direct reads work, whatever the file system of the tests."""
     real = ceilings.read_ceiling
 
-    def read(paths: Any, *, num_threads: int, direct: bool, window_bytes: int | None) -> ReadCeiling:
-        found = real(paths, num_threads=num_threads, direct=False, window_bytes=window_bytes)
+    def read(paths: Any, *, num_threads: int, direct: bool, **named: Any) -> ReadCeiling:
+        found = real(paths, num_threads=num_threads, direct=False, **named)
         return ReadCeiling(found.num_bytes, found.wall_s, num_threads, direct)
 
     monkeypatch.setattr(ceilings, "read_ceiling", read)
@@ -177,7 +177,7 @@ def test_raw_read_that_fails_for_a_moment_is_measured_anew(
 def test_file_system_without_direct_reads_is_said(
     weightstream: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(paths: Any, *, num_threads: int, direct: bool, window_bytes: int | None) -> ReadCeiling:
+    def refuse(paths: Any, *, num_threads: int, direct: bool, **_: Any) -> ReadCeiling:
         if direct:
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(paths, num_threads=num_threads, direct=False)
