@@ -75,6 +75,8 @@ class Meter:
 
     @property
     def bytes_per_s(self) -> float:
+        if self.still_s >= _LINE_S:
+            return 0.0
         since_s, since_bytes = self._samples[0] if self._end_s is None else (self._begin_s, 0)
         elapsed_s = (self._end_s or time.monotonic()) - since_s
         return (self._samples[-1][1] - since_bytes) / elapsed_s if elapsed_s > 0 else 0.0

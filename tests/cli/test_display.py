@@ -153,8 +153,10 @@ def test_lines_come_where_nothing_moves_and_say_what_is_waited_for(
         pulses[0].pulse()
     first, second, third = capsys.readouterr().err.splitlines()
     assert first == "weightstream: waiting for disk"
-    assert second.endswith(", nothing has moved for 3 s: waiting for disk")
-    assert third.endswith(", nothing has moved for 12 s: waiting for cuda:0")
+    nothing = "cuda:0 0 B of 1.00 kB (0%), 0 B/s"
+    disk = "weightstream: disk 500 B of 1.00 kB (50%), 0 B/s"
+    assert second == f"{disk}, {nothing}, nothing has moved for 3 s: waiting for disk"
+    assert third.endswith(f", {nothing}, nothing has moved for 12 s: waiting for cuda:0")
 
 
 def test_mapped_bytes_are_placed_and_not_read(time_: Time, capsys: pytest.CaptureFixture[str]) -> None:
