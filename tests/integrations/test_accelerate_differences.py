@@ -63,6 +63,24 @@ def test_count_of_a_batch_norm_that_the_file_lacks(tmp_path: Path, *, stored: bo
     assert [model.weight.is_meta for model in models] == [not stored] * 2
 
 
+def test_what_has_storage_beside_what_is_on_meta(tmp_path: Path) -> None:
+    """All tensors are assigned by torch in a model of which one is on meta, so what a program has of the others is left behind."""
+    tensors = {
+        name: tensor.half() for name, tensor in nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).state_dict().items()
+    }
+    path = saved(tmp_path / "model.safetensors", tensors)
+    models = [nn.Sequential(nn.Linear(2, 2, device="meta"), nn.Linear(2, 2)) for _ in range(2)]
+    before = [model[1].weight for model in models]
+    theirs(models[0], path)
+    ours(models[1], path)
+    assert [model[1].weight is weight for model, weight in zip(models, before, strict=True)] == [False, True]
+    assert [model[1].weight.dtype for model in models] == [torch.float16, torch.float32]
+    for model in models:
+        assert model[0].weight.dtype is torch.float16
+        for name, tensor in model.state_dict().items():
+            assert_same(tensor, tensors[name].to(tensor.dtype))
+
+
 def test_what_has_storage_and_goes_to_meta(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.bin", nn.Sequential(nn.Linear(2, 2)).state_dict())
     models = [nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]) for _ in range(2)]
@@ -70,6 +88,10 @@ def test_what_has_storage_and_goes_to_meta(tmp_path: Path) -> None:
     theirs(models[0], path, device_map=device_map)
     ours(models[1], path, device_map)
     assert [model.get_parameter("1.weight").is_meta for model in models] == [False, True]
+    models = [nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]) for _ in range(2)]
+    theirs(models[0], path, device_map=device_map, dtype="float16")
+    ours(models[1], path, device_map, dtype="float16")
+    assert [model.get_parameter("1.weight").dtype for model in models] == [torch.float32, torch.float16]
 
 
 @WITH_AND_WITHOUT_A_MAP
