@@ -156,8 +156,16 @@ async def test_readers_that_never_idle(make_rig: MakeRig, tmp_path: Path) -> Non
     assert report.wall_s == NUM_CHUNKS / 4 * 4 + 3.5
     assert find_bound(report.phases) == "disk"
     assert report.phases["disk"] == 24
-    slow = await loaded(make_rig(latency_s=1.0, copy_bytes_per_s=CHUNK), tmp_path, workers=4, num_slots=6)
-    assert find_bound(slow.phases) == "copy"
+    # One slot less than two for each reader: one of them waits for it after the first four reads, and never again.
+    report = await loaded(make_rig(latency_s=4.0, copy_bytes_per_s=CHUNK / 0.875), tmp_path, workers=4, num_slots=7)
+    assert find_bound(report.phases) == "disk"
+
+
+async def test_readers_that_idle_for_want_of_a_slot(make_rig: MakeRig, tmp_path: Path) -> None:
+    """Of eight, two read: a slot comes back each second, with each copy, and a read takes two."""
+    report = await loaded(make_rig(latency_s=2.0, copy_bytes_per_s=ONE_SECOND), tmp_path, workers=8, num_slots=4)
+    assert report.wall_s == NUM_CHUNKS + 2
+    assert find_bound(report.phases) == "copy"
 
 
 async def test_page_cache_that_is_warmed(make_rig: MakeRig, tmp_path: Path) -> None:
