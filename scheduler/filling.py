@@ -6,6 +6,7 @@ no grant. `Filling.take` and the reads that it returns run on reader threads.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -58,6 +59,7 @@ class Filling:
         num_copies: how many parts of chunks readers have copied from slots.
         cached_read_s: seconds that readers spent on what was in the page cache, added up.
         storage_read_s: seconds that they spent on the rest.
+        storage_cpu_s: of these, processor time, except of reads that are copied from a slot.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Filling:
         self.num_copies = 0
         self.cached_read_s = 0.0
         self.storage_read_s = 0.0
+        self.storage_cpu_s = 0.0
         self._course = course
         self._plan = plan
         self._source, self._tuner = reading.source, reading.tuner
@@ -230,13 +233,15 @@ class Filling:
         error: BaseException | None = None
         began_s = course.clock.now()
         copy_s: float | None = None
+        cpu_s = time.thread_time()
         try:
             copy_s = self._fetch(read, fill, part)
         except BaseException as exc:  # noqa: BLE001 (whatever it is, it ends the load and not the reader thread)
             error = exc
         ended_s = course.clock.now()
+        cpu_s = time.thread_time() - cpu_s
         if error is None:
-            self._note_part(fill, part.end - part.begin, began_s, copy_s, ended_s)
+            self._note_part(fill, part.end - part.begin, began_s, copy_s, ended_s, cpu_s)
         with course.condition:
             given_up = fill.given_up  # it may be at any moment after this, for the sake of other parts
             workers = None if given_up else self._finish(read, fill, part, error, number, ended_s - began_s)
@@ -305,7 +310,9 @@ class Filling:
             self._ring.recover(slot)
         self._on_return()
 
-    def _note_part(self, fill: Fill, num_bytes: int, began_s: float, copy_s: float | None, ended_s: float) -> None:
+    def _note_part(
+        self, fill: Fill, num_bytes: int, began_s: float, copy_s: float | None, ended_s: float, cpu_s: float
+    ) -> None:
         """Note that a part is there; with the last one, give back a slot that was only read through.
 
         Before the chunk is handed over: who has waited for the load finds every slot free. Without the lock, see `Course`.
@@ -317,6 +324,7 @@ class Filling:
             read_s = (ended_s if copy_s is None else copy_s) - began_s
             if fill.tuned:
                 self.storage_read_s += read_s
+                self.storage_cpu_s += cpu_s if copy_s is None else 0.0
             else:
                 self.cached_read_s += read_s
             fill.left_bytes -= num_bytes

@@ -117,6 +117,8 @@ class LoadReport:
     """Seconds that readers spent on what was in the page cache before, added up."""
     storage_read_s: float = 0.0
     """Seconds that they spent on all that was not, or of which that is not known."""
+    storage_cpu_s: float = 0.0
+    """Processor time of these, which the kernel's copies out of the page cache take; not of reads past it that readers copy."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data; the keys are the attributes' names."""

@@ -85,6 +85,7 @@ def make_report(
         cast_bytes=sum(size for (stored, dtype), size in totals.items() if stored is not dtype),
         cached_read_s=pipeline.flow.filling.cached_read_s,
         storage_read_s=pipeline.flow.filling.storage_read_s,
+        storage_cpu_s=pipeline.flow.filling.storage_cpu_s,
     )
 
 

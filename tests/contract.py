@@ -35,6 +35,7 @@ REPORT_KEYS = [
     "cast_bytes",
     "cached_read_s",
     "storage_read_s",
+    "storage_cpu_s",
 ]
 
 #: The keys of what the other commands print with --json. As above.

@@ -141,6 +141,21 @@ async def test_times_of_reads_are_those_of_where_they_came_from(make_rig: MakeRi
     warm = await loaded(rig, tmp_path, strategy="stream", workers=1)
     assert (cold.cached_read_s, cold.storage_read_s) == (0, NUM_CHUNKS)
     assert (warm.cached_read_s, warm.storage_read_s) == (NUM_CHUNKS, 0)
+    assert cold.storage_cpu_s > 0 == warm.storage_cpu_s
+
+
+@pytest.mark.parametrize(
+    ("cpu_s", "num_cores", "is_memory"), [(11, 2, True), (9, 2, False), (30, 64, False), (45, 64, True)]
+)
+def test_cold_reads_that_keep_the_cores_busy_are_bound_by_memory(
+    cpu_s: float, num_cores: int, *, is_memory: bool
+) -> None:
+    """In ten seconds, by eight readers: two cores have 20 s of processor time, and 64 have 80 that readers can use."""
+    read = ("read in the end: buffered, 8 workers, reads of 4 MiB",)
+    report = dataclasses.replace(REPORT, decisions=read, storage_read_s=70.0, storage_cpu_s=cpu_s)
+    text = explain(dataclasses.replace(report, phases=phases(disk=10.0)), num_cores=num_cores)
+    assert ("that is memory's speed, and not the storage's" in text) == is_memory
+    assert ("bench --cold" in text) != is_memory
 
 
 def test_page_cache_that_is_not_known_is_said_to_be_so() -> None:

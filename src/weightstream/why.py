@@ -75,7 +75,7 @@ def explain(report: LoadReport, *, reading: str | None = None, num_cores: int | 
     ]
     times = ", ".join([f"{waits[bound] / total:.0%} of the time", *also])
     if bound == "disk":
-        advice = reading or _on_reading(report)
+        advice = reading or _on_reading(report, num_cores or usable_cores())
     elif bound == "verify":
         advice = _on_hashing(report, num_cores or usable_cores())
     elif bound == "copy":
@@ -95,7 +95,7 @@ def explain(report: LoadReport, *, reading: str | None = None, num_cores: int | 
     return " ".join([f"It waited for {_NAMES[bound]} most: {times}.", advice, *noted])
 
 
-def _on_reading(report: LoadReport) -> str:
+def _on_reading(report: LoadReport, num_cores: int) -> str:
     if said := _in_turn(report):
         return said
     found = " ".join(report.decisions)
@@ -111,7 +111,17 @@ def _on_reading(report: LoadReport) -> str:
         spent = f"{report.cached_read_s / (report.cached_read_s + report.storage_read_s):.0%}"
         had = f"{cached[1]} of {cached[2]} chunks were in the page cache, and readers spent {spent} of their time on these"
         return _on_cached_reading(report, had)
-    how = re.search(r"read in the end: (.*?MiB)", found)
+    return _on_storage(report, found, num_cores)
+
+
+def _on_storage(report: LoadReport, found: str, num_cores: int) -> str:
+    how = re.search(r"read in the end: (.*?(\d+) workers.*?MiB)", found)
+    if how and report.storage_cpu_s > _MOST * report.phases["disk"] * min(num_cores, int(how[2])):
+        return (
+            f"What was not in the page cache came from storage ({how[1]}), and kept the cores busy for"
+            f" {report.storage_cpu_s:.2f} s with the kernel's copies: that is memory's speed, and not the storage's. More cores"
+            " would help, and, past the page cache, `prefetch.io: direct` may."
+        )
     came = "What was not in the page cache came from storage" + (f" ({how[1]})" if how else "")
     if any("page cache is unknown" in said for said in report.fallbacks):
         came = f"How much the page cache had is not known here. {came}"
