@@ -224,14 +224,15 @@ def _find_tensors(value: object, file: str) -> tuple[dict[str, PickledTensor], d
         raise UnsupportedFormatError("not a dict of tensors", file=file, actual=type(value).__name__)
     whole = cast("dict[object, object]", value)
     for key in _STATE_KEYS:
-        inner = whole.get(key)
-        if isinstance(inner, dict):
-            tensors = _tensors_of(cast("dict[object, object]", inner))
+        found = whole.get(key)
+        if isinstance(found, dict):
+            inner = cast("dict[object, object]", found)
+            tensors = _tensors_of(inner)
             if tensors:
-                extras = _extras_of(cast("dict[object, object]", inner))
+                extras = _extras_of(inner)
                 taken = tensors.keys() | extras.keys()
                 notes = _left_out(file, key, whole, {key})
-                notes += _left_out(file, None, cast("dict[object, object]", inner), taken, extras)
+                notes += _left_out(file, None, inner, taken, extras)
                 return _named(tensors, file), extras, notes, _metadata_of(inner)
     tensors, extras = _tensors_of(whole), _extras_of(whole)
     if not tensors and not extras and whole:
@@ -243,7 +244,7 @@ def _find_tensors(value: object, file: str) -> tuple[dict[str, PickledTensor], d
             hint="Save the state_dict alone",
         )
     notes = _left_out(file, None, whole, tensors.keys() | extras.keys(), extras)
-    return _named(tensors, file), extras, notes, _metadata_of(value)
+    return _named(tensors, file), extras, notes, _metadata_of(whole)
 
 
 def _metadata_of(state: object) -> object:
