@@ -8,6 +8,7 @@ called without an active exception"): 3 of 600 processes that ended in mid-load.
 from __future__ import annotations
 
 import atexit
+import signal
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -36,11 +37,22 @@ def ended_at_exit(stop: Callable[[BaseException], None]) -> Generator[None, None
         _running.pop(thread, None)
 
 
-@atexit.register
 def _end_all() -> None:
+    """End them all, whatever signals say: KeyboardInterrupt would come out here, and what was waited for abort the process."""
+    if not _running:
+        return
+    before = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+    if before is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     until_s = time.monotonic() + _GRACE_S
     running = dict(_running)
     for stop in running.values():
         stop(SystemExit("the process ends"))
     for thread in running:
         thread.join(max(0.0, until_s - time.monotonic()))
+    if before is not None:
+        signal.signal(signal.SIGINT, before)
+
+
+for _ in range(2):  # a second time, because the first may be interrupted before it begins
+    atexit.register(_end_all)

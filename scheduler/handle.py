@@ -164,7 +164,7 @@ def end_alone(job: Job, engine: Engine) -> None:
     """End a load and the engine that it has for itself, and wait for that. In a forked child, do nothing.
 
     It is done on a thread of its own, which no signal interrupts. The caller may be interrupted before that is there: so
-    it is called twice, by two `finally` in each other, and does nothing the second time.
+    it is called three times, by three `finally` in each other, for two Ctrl-C, and does nothing once it is done.
 
     Nor does it where the interpreter goes and collects an iterator that was left open: no thread runs any more, or can be
     waited for, and the load was ended before (`exits`).

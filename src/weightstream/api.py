@@ -81,11 +81,14 @@ def load_sync(
     job = scheduler.make_job(engine, path, sink, caller_streams(), recorder)
     try:
         try:
-            job.start()
-            return _result(job, on_progress)
-        finally:
+            try:
+                job.start()
+                return _result(job, on_progress)
+            finally:
+                end_alone(job, engine)
+        finally:  # once more, because this thread may be interrupted in the middle of it, or before
             end_alone(job, engine)
-    finally:  # once more, because this thread may be interrupted in the middle of it, or before
+    finally:  # and then again: Ctrl-C may come twice
         end_alone(job, engine)
 
 
@@ -117,17 +120,20 @@ def iter_tensors(
     job = scheduler.make_job(engine, path, sink, caller_streams(), recorder)
     try:
         try:
-            job.start()
-            told_s = time.monotonic()
-            for item in drain(sink):
-                yield item
-                if on_progress is not None and time.monotonic() - told_s >= EVENT_INTERVAL_S:
-                    told_s = time.monotonic()
-                    on_progress(job.progress())
-            _result(job, on_progress)
-        finally:
+            try:
+                job.start()
+                told_s = time.monotonic()
+                for item in drain(sink):
+                    yield item
+                    if on_progress is not None and time.monotonic() - told_s >= EVENT_INTERVAL_S:
+                        told_s = time.monotonic()
+                        on_progress(job.progress())
+                _result(job, on_progress)
+            finally:
+                end_alone(job, engine)
+        finally:  # as in load_sync
             end_alone(job, engine)
-    finally:  # as in load_sync
+    finally:
         end_alone(job, engine)
 
 

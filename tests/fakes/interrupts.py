@@ -24,12 +24,14 @@ class Countdown:
     Args:
         number: the moment's, from 0 on.
         files: ends of the names of the files whose moments count.
+        again: raises it once more: so many functions later, from 0 on; None: once is enough. `again_where` says where.
     """
 
-    def __init__(self, number: int, files: tuple[str, ...]) -> None:
-        self.where = ""
+    def __init__(self, number: int, files: tuple[str, ...], again: int | None = None) -> None:
+        self.where = self.again_where = ""
         self._left = number
         self._files = files
+        self._left_again = again
 
     def profile(self, frame: FrameType, event: str, called: object) -> None:
         """For `sys.setprofile`."""
@@ -41,6 +43,18 @@ class Countdown:
             raise KeyboardInterrupt  # which ends the profiling too
         self._left -= 1
 
+    def trace(self, frame: FrameType, event: str, _: object) -> None:
+        """For `sys.settrace`, which one exception does not end, where the first has ended the profiling."""
+        if self._left_again is None or not self.where or self.again_where:
+            return
+        code = frame.f_code
+        if not code.co_filename.endswith(self._files) or frame.f_lasti > _begin_of(code):
+            return
+        if self._left_again == 0:
+            self.again_where = f"{code.co_filename}:{frame.f_lineno}"
+            raise KeyboardInterrupt
+        self._left_again -= 1
+
 
 @functools.cache
 def _begin_of(code: CodeType) -> int:
@@ -49,12 +63,16 @@ def _begin_of(code: CodeType) -> int:
 
 
 @contextmanager
-def interrupted(number: int, files: tuple[str, ...]) -> Generator[Countdown, None, None]:
-    """Interrupt what this thread does inside, once; see `Countdown`. What other threads do is left alone."""
-    countdown = Countdown(number, files)
-    before = sys.getprofile()
+def interrupted(number: int, files: tuple[str, ...], again: int | None = None) -> Generator[Countdown, None, None]:
+    """Interrupt what this thread does inside, once or twice; see `Countdown`. What other threads do is left alone."""
+    countdown = Countdown(number, files, again)
+    before, tracer = sys.getprofile(), sys.gettrace()
     sys.setprofile(countdown.profile)
+    if again is not None:
+        sys.settrace(countdown.trace)
     try:
         yield countdown
     finally:
         sys.setprofile(before)
+        if again is not None:
+            sys.settrace(tracer)

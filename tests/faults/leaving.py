@@ -17,11 +17,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
 import weightstream as ws
+from weightstream.cli import main as main_of_command
 from weightstream.device.stage import DeviceStage
 from weightstream.prefetch.source import ByteRange, FileSource
 
@@ -43,7 +45,15 @@ EXPECTED: dict[str, tuple[int, bool]] = {
     "load_sync, SIGTERM": (-signal.SIGTERM, False),
     "load, SIGTERM": (-signal.SIGTERM, False),
     "load, SIGINT": (-signal.SIGINT, True),
+    "load_sync, twice SIGINT": (-signal.SIGINT, True),
+    "load, twice SIGINT": (-signal.SIGINT, True),
+    "iterator begun, twice SIGINT": (-signal.SIGINT, True),
+    "stream, twice SIGINT": (-signal.SIGINT, True),
+    "command, twice SIGINT": (130, False),
 }
+
+#: How long after the first of two signals the second comes, at most: when all has been cleaned up, the process ends.
+LONGEST_S = 0.03
 
 CONFIG = ws.LoaderConfig.model_validate(
     {
@@ -52,6 +62,9 @@ CONFIG = ws.LoaderConfig.model_validate(
         "device": {"target": sys.argv[-1] if __name__ == "__main__" else "cpu"},
     }
 )
+
+#: How long after the first of two signals the second comes: another time for each child.
+delay_s = LONGEST_S / 3
 
 reading = threading.Event()
 _read = FileSource.read
@@ -88,6 +101,9 @@ def end(how: str) -> None:
         sys.exit(3)
     if how.endswith("exception"):
         raise ArithmeticError
+    if "twice" in how:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(delay_s)
     if how.endswith(("SIGINT", "SIGTERM")):
         os.kill(os.getpid(), signal.SIGINT if how.endswith("SIGINT") else signal.SIGTERM)
 
@@ -114,8 +130,30 @@ async def with_loader(how: str, path: str) -> None:
 
 
 async def awaited(how: str, path: str) -> None:
-    end_soon(how)
+    if "twice" not in how:
+        end_soon(how)
+    if how.startswith("stream"):
+        async with ws.Loader(CONFIG) as loader, loader.stream(path) as stream:
+            async for _ in stream:
+                pass
     await ws.load(model(), path, config=CONFIG)
+
+
+def lead_to_two(how: str, path: str) -> None:
+    """Do something that two signals end."""
+    end_soon(how)
+    if how.startswith("load_sync"):
+        ws.load_sync(model(), path, config=CONFIG)
+    elif how.startswith("iterator"):
+        for _ in ws.iter_tensors(path, CONFIG):
+            pass
+    elif how.startswith("command"):
+        config = Path(path) / "config.yaml"
+        config.write_text(f"checkpoint: {path}\n")
+        sys.argv[1:] = ["warm", str(config), "--to", "page-cache", "--quiet"]
+        main_of_command()
+    else:
+        asyncio.run(awaited(how, path))
 
 
 async def left_open(how: str, path: str) -> tuple[object, ...]:
@@ -131,7 +169,9 @@ async def left_open(how: str, path: str) -> tuple[object, ...]:
 def lead(how: str, path: str) -> None:
     """Begin a load, and end while it is in its middle."""
     FileSource.read = read_slowly  # type: ignore[assignment,method-assign]  # see there
-    if how.startswith("iterator"):
+    if "twice" in how:
+        lead_to_two(how, path)
+    elif how.startswith("iterator"):
         if how.startswith("iterator in torch"):
             DeviceStage.take = take_slowly  # type: ignore[method-assign]  # see there
         globals()["kept"] = tensors = ws.iter_tensors(path, CONFIG)
@@ -158,7 +198,10 @@ def lead(how: str, path: str) -> None:
 def main() -> None:
     path, count, _ = sys.argv[1:]
     found: dict[str, list[tuple[int, str]]] = {}
-    for how in list(EXPECTED) * int(count):
+    global delay_s  # noqa: PLW0603 (the children have it from here)
+    for number, how in enumerate(list(EXPECTED) * int(count)):
+        if int(count) > 1:
+            delay_s = LONGEST_S * (number // len(EXPECTED)) / int(count)
         with tempfile.TemporaryFile("w+") as written:
             child = os.fork()
             if not child:

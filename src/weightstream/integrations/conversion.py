@@ -142,11 +142,14 @@ class Weights:
             use = functools.partial(_convert, job, sink, model, settings, groups)
         try:
             try:
-                job.start()
-                return use()
-            finally:
+                try:
+                    job.start()
+                    return use()
+                finally:
+                    end_alone(job, engine)
+            finally:  # once more, because this thread may be interrupted in the middle of it, or before
                 end_alone(job, engine)
-        finally:  # once more, because this thread may be interrupted in the middle of it, or before
+        finally:  # and then again: Ctrl-C may come twice
             end_alone(job, engine)
 
     def _make_job(self, engine: Engine, path: Path, sink: Sink) -> Job:
