@@ -118,9 +118,11 @@ def in_own_thread(
         if not once.acquire(blocking=False):
             return
         try:
-            future.set_result(action())
+            result = action()
         except BaseException as error:  # noqa: BLE001 (it belongs to who waits for the future)
             future.set_exception(error)
+        else:  # not above: an interrupt that comes here belongs to nobody but this thread
+            future.set_result(result)
 
     try:
         return future, (spawn or SystemClock().spawn)(run, _CALL)
