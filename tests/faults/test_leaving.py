@@ -27,7 +27,8 @@ def test_process_that_ends_in_mid_load_ends_well(tmp_path: Path, count: int, dev
         assert len(ends) == count
         for code, written in ends:
             assert code == expected, (how, code, written)
-            assert ("Traceback" in written) == has_traceback, (how, written)
+            if "twice" not in how:  # the second one may come while it is printed
+                assert ("Traceback" in written) == has_traceback, (how, written)
             for word in (
                 "Fatal Python error",
                 "terminate called",
