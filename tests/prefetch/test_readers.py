@@ -87,6 +87,8 @@ def fixture_make_pool() -> Generator[Pools, None, None]:
     yield pools
     for pool in pools.pools:
         pool.close(LIMIT_S)
+    for thread in pools.threads:
+        thread.join(LIMIT_S)  # `close` does not wait for those that were stuck
     assert pools.num_alive == 0
 
 
