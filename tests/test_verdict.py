@@ -67,19 +67,19 @@ def test_median_of_an_even_number_of_runs_is_one_of_them() -> None:
             1.9,
             {"phases": READING},
             {},
-            "99% of the time. That is close to what this machine can do: only faster memory",
+            "99% of the time: that is close to what this machine can do, and only faster memory",
         ),
-        (1.0, {"phases": READING}, {}, "Raw reads reach 2.00 GB/s with 2 threads; no setting stands out."),
-        (1.0, {"phases": READING}, {"workers": 1}, "`read, cached, 2 threads`: try prefetch.workers: 2."),
-        (1.0, {"phases": READING}, {"io": "direct"}, "`read, cached, 2 threads`: try prefetch.io: buffered."),
+        (1.0, {"phases": READING}, {}, "raw reads reach 2.00 GB/s with 2 threads; no setting stands out;"),
+        (1.0, {"phases": READING}, {"workers": 1}, "`read, cached, 2 threads`, so try prefetch.workers: 2;"),
+        (1.0, {"phases": READING}, {"io": "direct"}, "`read, cached, 2 threads`, so try prefetch.io: buffered;"),
         (1.0, {"phases": READING}, {"io": "auto"}, "no setting stands out"),
         (
             1.0,
             {"phases": WORKING, "num_tensors": 900_000},
             {},
-            "80% of the time, 20% for reading. It checks and places 900,000 tensors, 9 µs each",
+            "80% of the time (20% for reading): it checks and places 900,000 tensors, 9 µs each",
         ),
-        (1.0, {"phases": COPYING}, {}, "81% of the time, 18% for reading. Only fewer bytes, or another bus"),
+        (1.0, {"phases": COPYING}, {}, "81% of the time (18% for reading): only fewer bytes, or another bus"),
         (1.0, {"phases": COPYING, "pinned_bytes": 0}, {}, "raise the limit for that (ulimit -l"),
         (1.0, {"phases": COPYING, "device": "cpu"}, {"device": "cpu"}, "those on meta are read into without a copy"),
     ],
@@ -98,7 +98,7 @@ def test_sentence_says_what_it_waited_for_and_what_would_help(
 def test_direct_reads_are_worth_a_word_if_they_are_faster() -> None:
     one = load(1.0, "load cold", phases=READING)
     faster = findings(row("read cold", 2.0, 2), row("read direct", 2.5, 2), one)
-    assert "`read, O_DIRECT, 2 threads`: try prefetch.io: direct." in faster.bound(one)
+    assert "`read, O_DIRECT, 2 threads`, so try prefetch.io: direct;" in faster.bound(one)
     alike = findings(row("read cold", 2.0, 2), row("read direct", 2.1, 2), one)
     assert "no setting stands out" in alike.bound(one)
     near = load(2.4, "load cold", phases=READING)

@@ -89,8 +89,8 @@ def waiting(report: LoadReport, **seconds: float) -> LoadReport:
 async def test_cold_disk(make_rig: MakeRig, tmp_path: Path) -> None:
     report = await loaded(make_rig("host", io="direct", read_bytes_per_s=ONE_SECOND), tmp_path)
     assert explain(report) == (
-        "It waited for reading most: 100% of the time. What was not in the page cache came from storage (direct, 2 workers,"
-        " reads of 0.0625 MiB). `weightstream bench --cold` measures what the storage can do, and with which settings; after"
+        "It waited for reading most, 100% of the time: what was not in the page cache came from storage (direct, 2 workers,"
+        " reads of 0.0625 MiB); `weightstream bench --cold` measures what the storage can do, and with which settings, and after"
         " `weightstream warm --to page-cache`, where memory has room for the files, a load need not wait for it."
     )
 
@@ -98,8 +98,8 @@ async def test_cold_disk(make_rig: MakeRig, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("device", "said"),
     [
-        ("host", "Everything was in the page cache, so this is memory's speed, and that of the kernel that finds new"),
-        ("fake", "Everything was in the page cache, so this is memory's speed: more cores, or faster memory"),
+        ("host", "everything was in the page cache, so this is memory's speed, and that of the kernel that finds new"),
+        ("fake", "everything was in the page cache, so this is memory's speed; more cores, or faster memory"),
     ],
 )
 async def test_warm_cache(make_rig: MakeRig, tmp_path: Path, device: str, said: str) -> None:
@@ -122,8 +122,8 @@ async def test_warm_cache(make_rig: MakeRig, tmp_path: Path, device: str, said: 
             1.0,
             "3 of 4 chunks were in the page cache, and readers spent 75% of their time on these, so this is memory's",
         ),
-        (1.0, 3.0, "What was not in the page cache came from storage"),
-        (0.0, 0.0, "What was not in the page cache came from storage"),
+        (1.0, 3.0, "what was not in the page cache came from storage"),
+        (0.0, 0.0, "what was not in the page cache came from storage"),
     ],
 )
 def test_what_was_in_the_page_cache_in_part_goes_by_the_time_that_each_took(
@@ -154,14 +154,14 @@ def test_cold_reads_that_keep_the_cores_busy_are_bound_by_memory(
     read = ("read in the end: buffered, 8 workers, reads of 4 MiB",)
     report = dataclasses.replace(REPORT, decisions=read, storage_read_s=70.0, storage_cpu_s=cpu_s)
     text = explain(dataclasses.replace(report, phases=phases(disk=10.0)), num_cores=num_cores)
-    assert ("that is memory's speed, and not the storage's" in text) == is_memory
+    assert ("this is memory's speed, and not the storage's" in text) == is_memory
     assert ("bench --cold" in text) != is_memory
 
 
 def test_page_cache_that_is_not_known_is_said_to_be_so() -> None:
     unknown = ("what is in the page cache is unknown, because the files belong to somebody else",)
     text = explain(dataclasses.replace(REPORT, fallbacks=unknown, phases=phases(disk=1.0)))
-    assert "How much the page cache had is not known here. What was not" in text
+    assert "how much the page cache had is not known here; what was not" in text
 
 
 async def test_readers_that_never_idle(make_rig: MakeRig, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ async def test_page_cache_that_is_warmed(make_rig: MakeRig, tmp_path: Path) -> N
         cold = await (await loader.start_warm(path)).wait()
         rig.disk.is_cached = True
         warm = await (await loader.start_warm(path)).wait()
-    assert "The next load finds it there." in explain(cold)
+    assert "the next load finds it there." in explain(cold)
     assert "there was little to warm" in explain(warm)
 
 
@@ -209,7 +209,7 @@ async def test_small_host_memory(make_rig: MakeRig, tmp_path: Path) -> None:
     few = await loaded(make_rig(latency_s=1.0), tmp_path / "few", workers=8, num_slots=3)
     many = await loaded(make_rig(latency_s=1.0), tmp_path / "many", workers=8)
     assert many.wall_s < few.wall_s / 2
-    assert "There was room for 3 chunks at a time, and 8 reads wanted some: raise prefetch.host_memory" in explain(few)
+    assert "there was room for 3 chunks at a time, and 8 reads wanted some; raise prefetch.host_memory" in explain(few)
     assert "host_memory" not in explain(many)
 
 
@@ -229,8 +229,8 @@ async def test_direct_and_preload_read_and_copy_in_turn(make_rig: MakeRig, tmp_p
 
 def test_direct_reads_that_are_refused() -> None:
     text = explain(dataclasses.replace(REPORT, phases=phases(disk=1.0)))
-    assert "This had a part in it: direct I/O refused by the file system: buffered reads used instead." in text
-    assert "Reads failed and were repeated, 2 in all" in text
+    assert "this had a part in it: direct I/O refused by the file system: buffered reads used instead;" in text
+    assert "reads failed and were repeated, 2 in all" in text
 
 
 @pytest.mark.parametrize("where", ["disk", "copy", "bind"])
@@ -249,10 +249,10 @@ def test_hashing_with_one_core_one_shard_or_several(tmp_path: Path) -> None:
     assert one.hash_s > 0
     one = dataclasses.replace(one, num_bytes=3 * 10**9, hash_s=2.0, phases=phases(verify=2.0, disk=0.1))
     assert explain(one, num_cores=CORES).startswith(
-        "It waited for hashing most: 95% of the time. A core hashes one shard at a time, from its first byte to its last, and"
-        " does 1.5 GB/s here: there is one shard; of a checkpoint with several, up to eight are hashed side by side."
+        "It waited for hashing most, 95% of the time: a core hashes one shard at a time, from its first byte to its last, and"
+        " does 1.5 GB/s here; there is one shard, and of a checkpoint with several, up to eight are hashed side by side;"
     )
-    assert "there is one core; with more, shards are hashed side by side" in explain(one, num_cores=1)
+    assert "there is one core, and with more, shards are hashed side by side" in explain(one, num_cores=1)
     several = dataclasses.replace(one, num_shards=4)
     assert "with more cores, more shards are hashed side by side, up to eight" in explain(several, num_cores=CORES)
     assert "`weightstream verify` does it once, before" in explain(several, num_cores=CORES)
@@ -265,8 +265,8 @@ async def test_bus(make_rig: MakeRig, tmp_path: Path) -> None:
     report = await loaded(make_rig(read_bytes_per_s=ONE_SECOND, copy_bytes_per_s=FOUR_SECONDS), tmp_path)
     report = dataclasses.replace(report, device="cuda:0")
     text = explain(report)
-    assert text.startswith("It waited for copies most: ")
-    assert text.endswith("Only fewer bytes, or another bus, would be faster.")
+    assert text.startswith("It waited for copies most, ")
+    assert text.endswith("only fewer bytes, or another bus, would be faster.")
 
 
 async def test_pageable_memory(make_rig: MakeRig, tmp_path: Path) -> None:
@@ -276,8 +276,8 @@ async def test_pageable_memory(make_rig: MakeRig, tmp_path: Path) -> None:
         accelerator=lambda clock, **speed: FakeAccelerator(clock, refuses_pinning=True, **speed),
     )
     text = explain(dataclasses.replace(await loaded(rig, tmp_path), device="cuda:0"))
-    assert "not page-locked, which is slower: raise the limit for that (ulimit -l" in text
-    assert "This had a part in it: page-locking host memory was refused" in text
+    assert "not page-locked, which is slower; raise the limit for that (ulimit -l" in text
+    assert "this had a part in it: page-locking host memory was refused" in text
 
 
 def test_page_locking_that_takes_long(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_page_locking_that_takes_long(tmp_path: Path) -> None:
     accelerator.close()
     text = explain(dataclasses.replace(waiting(report, copy=4.0), device="cuda:0"))
     assert (
-        "For 3.00 s of these they waited until memory was page-locked. A `Loader` that is kept does that once" in text
+        "for 3.00 s of these they waited until memory was page-locked, which a `Loader` that is kept does once" in text
     )
 
 
@@ -384,7 +384,7 @@ async def test_fast_consumer_is_not_waited_for(make_rig: MakeRig, tmp_path: Path
 def test_tiny_load_of_which_starting_is_most(tmp_path: Path) -> None:
     report = waiting(load_small(tmp_path), preflight=0.004, disk=0.0004, bind=0.001, other=0.0003)
     assert explain(report).startswith(
-        "It waited for work in Python most: 93% of the time. These 5 ms are what any load takes to start, to check files"
+        "It waited for work in Python most, 93% of the time: these 5 ms are what any load takes to start, to check files"
     )
     assert "nothing to gain" in explain(report)
 
@@ -398,13 +398,13 @@ def test_nobody_takes_tensors_where_a_model_is_filled(seconds: dict[str, float],
 
 def test_many_small_tensors() -> None:
     report = dataclasses.replace(REPORT, phases=phases(preflight=0.2, bind=0.1, disk=0.05), num_tensors=46_000)
-    assert "It checks and places 46,000 tensors, 7 µs each" in explain(report)
+    assert "it checks and places 46,000 tensors, 7 µs each" in explain(report)
     assert "only fewer and larger tensors would" in explain(report)
 
 
 def test_files_that_answer_slowly() -> None:
     report = dataclasses.replace(REPORT, phases=phases(preflight=9.0, disk=1.0), num_tensors=300, num_shards=50)
-    assert "long for 300 tensors: files were opened and their headers read, 50 in all" in explain(report)
+    assert "long for 300 tensors; files were opened and their headers read, 50 in all" in explain(report)
 
 
 def test_modules_that_load_themselves(tmp_path: Path) -> None:
@@ -414,7 +414,7 @@ def test_modules_that_load_themselves(tmp_path: Path) -> None:
     report = load_sync(model, path, config=settings(device={"target": "cpu", "strict": False}))
     text = explain(waiting(report, bind=3.0))
     assert "modules that load themselves copy comes after the last byte" in text
-    assert "This had a part in it: 1 modules were loaded through hooks of their own" in text
+    assert "this had a part in it: 1 modules were loaded through hooks of their own" in text
 
 
 def test_mapped_files_are_still_to_be_read(tmp_path: Path) -> None:
@@ -428,11 +428,11 @@ def test_mapped_files_are_still_to_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spent", "bound", "said"),
     [
-        (phases(disk=9.0, bind=1.0), "disk", "It waited for reading most: 90% of the time. What was not"),
-        (phases(copy=6.0, disk=4.0), "copy", "for copies most: 60% of the time, 40% for reading. Only fewer bytes"),
-        ({**phases(disk=3.0), "consumer": 7.0}, "consumer", "for whoever takes the tensors most: 70% of the time"),
-        (phases(preflight=3.0, bind=3.0, disk=4.0), "python", "for work in Python most: 60% of the time"),
-        (phases(verify=9.0, disk=1.0), "verify", "for hashing most: 90% of the time. A core hashes"),
+        (phases(disk=9.0, bind=1.0), "disk", "It waited for reading most, 90% of the time: what was not"),
+        (phases(copy=6.0, disk=4.0), "copy", "for copies most, 60% of the time (40% for reading): only fewer bytes"),
+        ({**phases(disk=3.0), "consumer": 7.0}, "consumer", "for whoever takes the tensors most, 70% of the time"),
+        (phases(preflight=3.0, bind=3.0, disk=4.0), "python", "for work in Python most, 60% of the time"),
+        (phases(verify=9.0, disk=1.0), "verify", "for hashing most, 90% of the time: a core hashes"),
     ],
     ids=["disk", "copy", "consumer", "python", "verify"],
 )
@@ -447,10 +447,10 @@ def test_downgrades_that_do_not_concern_it_are_not_named() -> None:
 
 def test_who_has_measured_says_it_better() -> None:
     report = dataclasses.replace(REPORT, phases=phases(disk=1.0), fallbacks=(), num_retries=0)
-    assert explain(report, reading="Buy a disk.") == "It waited for reading most: 100% of the time. Buy a disk."
+    assert explain(report, reading="buy a disk") == "It waited for reading most, 100% of the time: buy a disk."
 
 
 def test_load_that_took_no_time_is_explained_too() -> None:
     assert explain(dataclasses.replace(REPORT, phases=phases(), fallbacks=())).startswith(
-        "It waited for reading most: 0%"
+        "It waited for reading most, 0%"
     )

@@ -189,7 +189,7 @@ class BenchmarkRow:
     """The name of the row that bounds this load: the fastest read that it could have done, or the copies if they are
     slower."""
     bound: str | None
-    """What this load waited for most, and what could be changed, in a sentence or two."""
+    """What this load waited for most, and what could be changed, in one sentence."""
     samples: tuple[Sample, ...]
     """Every run, in order."""
 

@@ -98,14 +98,14 @@ class Findings:
         return load.bytes_per_s / self.ceiling(load).bytes_per_s
 
     def bound(self, load: Row) -> str:
-        """Say in a sentence or two what a load waited for most, and what could be changed."""
+        """Say in one sentence what a load waited for most, and what could be changed."""
         assert load.median.report is not None
         return explain(load.median.report, reading=self._reading(load))
 
     def _reading(self, load: Row) -> str:
         if self.share(load) >= _NEAR:
             where = "memory" if load.kind == "load cached" else "storage"
-            return f"That is close to what this machine can do: only faster {where} would help."
+            return f"that is close to what this machine can do, and only faster {where} would help"
         best = self.fastest_read(load)
         io = "direct" if best.kind == "read direct" else "buffered"
         others = [row.bytes_per_s for row in self._reads(load) if row.kind != best.kind]
@@ -115,8 +115,8 @@ class Findings:
         if self.workers not in (best.num_threads, "auto"):
             settings.append(f"prefetch.workers: {best.num_threads}")
         if settings:
-            return f"Raw reads were fastest as in `{best.name}`: try {' and '.join(settings)}."
-        return f"Raw reads reach {format_rate(best.bytes_per_s)} with {_threads(best.num_threads or 1)}; no setting stands out."
+            return f"raw reads were fastest as in `{best.name}`, so try {' and '.join(settings)}"
+        return f"raw reads reach {format_rate(best.bytes_per_s)} with {_threads(best.num_threads or 1)}; no setting stands out"
 
     def printed(self) -> Benchmark:
         """Return it as `--json` prints it."""

@@ -36,8 +36,27 @@ def test_picture_has_every_kind(tmp_path: Path, num_chunks: int) -> None:
     save_timeline(timeline_of(num_chunks), picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size < 300_000
-    for kind in ("read", "wait", "copy", "bind") if num_chunks else ("preflight",):
+    for kind in ("read", "wait", "copy") if num_chunks else ("preflight",):
         assert pixels_like(picture, kind) > 0.012, kind
+    # Of 20,000 bars between which more time passes than they take, nothing looks as if it took all of it.
+    assert (pixels_like(picture, "bind") > 0.012) == (num_chunks == 50)
+
+
+def test_picture_takes_no_name_for_a_formula(tmp_path: Path) -> None:
+    timeline = dataclasses.replace(timeline_of(2), checkpoint="/models/$\\frac$_$$x^2$$")
+    save_timeline(timeline, tmp_path / "load.png")
+    assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bar_has_no_border_where_what_follows_is_a_longer_gap() -> None:
+    spans = [
+        Span("read", "reader 0", 0, 1, 0.0, 2.0, 1, "a"),  # long
+        Span("read", "reader 0", 1, 1, 4.0, 4.001, 1, "a"),  # touches the next
+        Span("read", "reader 0", 2, 1, 4.001, 4.002, 1, "a"),
+        Span("bind", "load", 0, 1, 5.0, 5.001, 1, "a"),
+    ]
+    chart = Chart.of(dataclasses.replace(timeline_of(0), spans=tuple(spans)))
+    assert {bar.span: bar.is_thin for bar in chart.bars} == dict(zip(spans, [False, False, True, True], strict=True))
 
 
 def test_nothing_is_drawn_of_rates_where_nothing_was_read_or_copied(

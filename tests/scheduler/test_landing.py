@@ -113,9 +113,9 @@ async def test_summary_speaks_of_copies_and_says_what_to_do_about_them(
     report, _ = await load(rig, tmp_path, in_place=in_place, workers=2)
 
     text = explain(report)
-    assert text.startswith("It waited for copies most: 53% of the time, 47% for reading.")
-    assert ("What was read past the page cache was copied" in text) == (io == "direct")
-    assert ("What comes from storage for parameters that have storage" in text) == (io == "buffered")
+    assert text.startswith("It waited for copies most, 53% of the time (47% for reading): ")
+    assert ("what was read past the page cache was copied" in text) == (io == "direct")
+    assert ("what comes from storage for parameters that have storage" in text) == (io == "buffered")
     console = Console(file=StringIO(), width=400)
     print_report(console, report)
     assert isinstance(console.file, StringIO)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,12 @@ COLORS = {
     "consumer": "#F0E442",
     "other": "#4D4D4D",
 }
-#: Bars are this opaque, and their thin borders wholly: bars that touch can be told apart where there is room, and where
-#: there is none, thousands of them still have their colour.
+#: Bars are this opaque, and their thin borders wholly: bars that touch can be told apart.
 FILL_ALPHA = 0.78
+#: A bar that takes less of the load than this is about a pixel wide. Its border makes it wider, which is right among others
+#: that touch it; where what lies between two is longer than they are, there is none: borders of thousands of moments, in
+#: which tensors are placed for instance, would hide all that a lane waits.
+_THIN = 1e-3
 LABELS = {
     "preflight": "preflight",
     "read": "read (disk)",
@@ -62,11 +66,12 @@ _WAITING_ROW = 0.35
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A span, from `bottom` to `top`."""
+    """A span, from `bottom` to `top`. A thin one is drawn opaque, and without a border: see `_THIN`."""
 
     span: Span
     bottom: float
     top: float
+    is_thin: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +97,21 @@ class Chart:
         for lane, rows in rows_by_lane(timeline):
             num_rows = max(row for _, row in rows) + 1
             height = 1.0 if lane != WAITING else min(_WAITING_HEIGHT, max(1.0, num_rows * _WAITING_ROW))
-            for span, row in rows:
+            next_s = [math.inf] * num_rows
+            found: list[Bar] = []
+            for span, row in reversed(rows):
                 begin = top + 0.1 + row * (height - 0.2) / num_rows
                 gap = 0.1 if num_rows > 1 else 0.0
-                bars.append(Bar(span, begin, begin + (1 - gap) * (height - 0.2) / num_rows))
+                end = begin + (1 - gap) * (height - 0.2) / num_rows
+                length_s = span.end_s - span.begin_s
+                is_thin = length_s < min(_THIN * timeline.wall_s, next_s[row] - span.end_s)
+                next_s[row] = span.begin_s
+                found.append(Bar(span, begin, end, is_thin))
+            bars += reversed(found)
             lanes.append((lane, top + height / 2))
             top += height
         return cls(
-            tuple(Bar(bar.span, top - bar.top, top - bar.bottom) for bar in bars),
+            tuple(Bar(bar.span, top - bar.top, top - bar.bottom, bar.is_thin) for bar in bars),
             tuple((lane, top - middle) for lane, middle in lanes),
             top,
         )

@@ -13,7 +13,14 @@ import numpy as np
 from bokeh.embed import components
 from bokeh.events import DoubleTap
 from bokeh.layouts import column
-from bokeh.models import ColumnDataSource, CustomJS, CustomJSHover, FixedTicker, HoverTool, Range1d
+from bokeh.models import (
+    ColumnDataSource,
+    CustomJS,
+    CustomJSHover,
+    FixedTicker,
+    HoverTool,
+    Range1d,
+)
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 
@@ -135,19 +142,23 @@ def _lanes(chart: Chart, span_x: Range1d, *, axis_px: int) -> figure:
         bars = [bar for bar in chart.bars if bar.span.kind == kind]
         if not bars:
             continue
-        glyph = panel.quad(
-            left="left",
-            right="right",
-            bottom="bottom",
-            top="top",
-            color=COLORS[kind],
-            fill_alpha=FILL_ALPHA,
-            line_width=0.5,
-            source=ColumnDataSource(_columns(bars, files)),
-        )
+        glyphs: list[Any] = []
+        for is_thin in (False, True):
+            glyph = panel.quad(
+                left="left",
+                right="right",
+                bottom="bottom",
+                top="top",
+                color=COLORS[kind],
+                fill_alpha=1.0 if is_thin else FILL_ALPHA,
+                line_alpha=0.0 if is_thin else 1.0,
+                line_width=0.5,
+                source=ColumnDataSource(_columns([bar for bar in bars if bar.is_thin == is_thin], files)),
+            )
+            glyphs.append(glyph)
         more = "" if kind == "preflight" else _TOLD
         tooltips = f"<b>{label}</b>: @ms{{0.000}} ms, from @left{{0.0000}} s on{more}"
-        panel.add_tools(HoverTool(renderers=[glyph], tooltips=tooltips, formatters={"@file": name_of}))
+        panel.add_tools(HoverTool(renderers=glyphs, tooltips=tooltips, formatters={"@file": name_of}))
     _name_rows(panel, list(chart.lanes))
     panel.xaxis.visible = False
     return panel

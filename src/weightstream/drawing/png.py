@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from weightstream.display import format_rate
-from weightstream.drawing.chart import COLORS, FILL_ALPHA, HEADROOM, LABELS, Chart, heading, labels_of, throughput
+from weightstream.drawing.chart import COLORS, FILL_ALPHA, HEADROOM, LABELS, Bar, Chart, heading, labels_of, throughput
 from weightstream.scheduler.timeline import Timeline
 
 __all__ = ["picture"]
@@ -23,7 +23,7 @@ __all__ = ["picture"]
 _WIDTH_IN, _DPI = 10.5, 120
 #: Heights in inches: of one lane, the phases, the throughput, and everything around.
 _LANE_IN, _PHASES_IN, _RATES_IN, _AROUND_IN = 0.26, 0.28, 1.1, 1.35
-#: One pixel wide: of less, what is shorter than a pixel would get a paler colour than what is longer.
+#: One pixel wide.
 _BORDER_PT = 72 / _DPI
 
 
@@ -40,8 +40,8 @@ def picture(timeline: Timeline) -> bytes:
     )
     phases, lanes, *rates = figure.subplots(len(heights), 1, sharex=True, gridspec_kw={"height_ratios": heights})
     title, subtitle = heading(timeline)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    phases.set_title(subtitle, loc="left", fontsize=9, color="#444444")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
+    phases.set_title(subtitle, loc="left", fontsize=9, color="#444444", parse_math=False)
     _draw_phases(phases, timeline)
     _draw_lanes(lanes, chart)
     for axes in rates:  # none where nothing was read or copied
@@ -66,22 +66,29 @@ def _draw_phases(axes: Axes, timeline: Timeline) -> None:
 
 def _draw_lanes(axes: Axes, chart: Chart) -> None:
     for kind in LABELS:
-        boxes = [
-            [
-                (bar.span.begin_s, bar.bottom),
-                (bar.span.end_s, bar.bottom),
-                (bar.span.end_s, bar.top),
-                (bar.span.begin_s, bar.top),
-            ]
-            for bar in chart.bars
-            if bar.span.kind == kind
-        ]
+        bars = [bar for bar in chart.bars if bar.span.kind == kind]
+        thick = [bar for bar in bars if not bar.is_thin]
+        thin = [bar for bar in bars if bar.is_thin]
+        color = COLORS[kind]
         axes.add_collection(
-            PolyCollection(boxes, facecolors=(COLORS[kind], FILL_ALPHA), edgecolors=COLORS[kind], linewidths=_BORDER_PT)
+            PolyCollection(_boxes(thick), facecolors=(color, FILL_ALPHA), edgecolors=color, linewidths=_BORDER_PT)
         )
+        axes.add_collection(PolyCollection(_boxes(thin), facecolors=color, linewidths=0, snap=False))
     axes.set_ylim(0, max(chart.height, 1.0))
     axes.set_yticks([middle for _, middle in chart.lanes], [lane for lane, _ in chart.lanes], fontsize=9)
     axes.tick_params(left=False, bottom=False)
+
+
+def _boxes(bars: list[Bar]) -> list[list[tuple[float, float]]]:
+    return [
+        [
+            (bar.span.begin_s, bar.bottom),
+            (bar.span.end_s, bar.bottom),
+            (bar.span.end_s, bar.top),
+            (bar.span.begin_s, bar.top),
+        ]
+        for bar in bars
+    ]
 
 
 def _draw_rates(axes: Axes, timeline: Timeline, series: dict[str, list[float]]) -> None:
