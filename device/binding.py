@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from weightstream.device.accelerator import foreach_copy
+from weightstream.device.dtypes import CASTABLE
 from weightstream.device.exchange import exchange as _exchange
 from weightstream.device.placement import Place, Placement, is_adopted, tensor_of
 from weightstream.device.selfloading import Keys, load_module, restore
@@ -328,26 +329,41 @@ class Binder:
             if errors:
                 raise RuntimeError("; ".join(errors))  # noqa: TRY301 (mapped like those that hooks raise)
         except Exception as exc:
-            for target in subtree.targets:
+            for target in (*subtree.targets, *subtree.tied):
                 restore(target)
             raise PlacementError(
                 f"{_described(subtree)}, which loads itself, failed: {exc}", tensor=subtree.name or None
             ) from exc
         # All of them first: what is done with their contents may fail, and no parameter of the module's making may stay.
         restored = [(target, restore(target)) for target in subtree.targets]
+        for target in subtree.tied:  # others load it
+            restore(target)
         for target, contents in restored:
             if contents is None:
                 continue
             if not target.tensor.is_meta:  # it had storage, which `assign` does not ask for
                 target.tensor.copy_(contents)
-            elif (contents.data_ptr(), contents.dtype, contents.shape) in whole:
+                continue
+            wanted = self._wanted_dtype(target.tensor, contents)
+            if contents.dtype is wanted and (contents.data_ptr(), wanted, contents.shape) in whole:
                 self._adopt([target.tensor], [contents])
             else:  # a hook's slice holds all of a block
-                self._stage.made(contents.nbytes, subtree.places[0].device if subtree.places else 0)
-                self._adopt([target.tensor], [contents.clone(memory_format=torch.contiguous_format)])
+                own = contents.to(wanted).clone(memory_format=torch.contiguous_format)
+                self._stage.made(own.nbytes, subtree.places[0].device if subtree.places else 0)
+                self._adopt([target.tensor], [own])
         ready.extend(place.name for place in subtree.places)
         ready.extend(name for target in subtree.targets for name in target.names)
         return keys
+
+    def _wanted_dtype(self, tensor: torch.Tensor, contents: torch.Tensor) -> torch.dtype:
+        """Return which dtype a parameter on meta gets that a module has made itself, of tensors with names of their own.
+
+        `device.dtype` says, as for any other; but what is no floating-point number is what the module has made it.
+        """
+        wanted = tensor.dtype
+        if self._placement.dtype == "checkpoint" or not {wanted, contents.dtype} <= CASTABLE:
+            return contents.dtype
+        return wanted if self._placement.dtype == "model" else getattr(torch, self._placement.dtype)
 
     def _state_for(self, subtree: Subtree) -> dict[str, torch.Tensor]:
         """Return what a module is given, by its own names: a checkpoint may have a tied tensor under one or several."""

@@ -102,6 +102,7 @@ class Placement:
 
     Attributes:
         devices: where adopted and staged tensors go. Several, if a device map says so.
+        dtype: `device.dtype`.
         places: one per tensor that is wanted from the checkpoint, in the checkpoint's order.
         subtrees: modules that load themselves, in order of registration.
         doubles: pairs of places that hold the same tied tensor and must be equal; the second is staged.
@@ -123,6 +124,7 @@ class Placement:
 
     def __init__(self, devices: tuple[torch.device, ...], stored: Mapping[str, Stored], config: DeviceConfig) -> None:
         self.devices = devices
+        self.dtype = config.dtype
         self.places: list[Place] = []
         self.subtrees: list[Subtree] = []
         self.doubles: list[tuple[Place, Place]] = []

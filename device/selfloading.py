@@ -70,13 +70,16 @@ def load_module(
 
 
 def restore(target: Target) -> torch.Tensor | None:
-    """Register a parameter again that `load_state_dict` replaced by a new one; return the new one's contents."""
-    found = _registered(target.sites[0])
-    if found is target.tensor:
+    """Register a parameter again that `load_state_dict` replaced by a new one; return the new one's contents.
+
+    One that is registered in several places may have been replaced in some of them: the last one counts.
+    """
+    replaced = [found for site in target.sites if (found := _registered(site)) is not target.tensor]
+    if not replaced:
         return None
     for one in target.sites:  # as the module itself would: nn.LSTM, for one, keeps a list of its own
         setattr(one.module, one.key, target.tensor)
-    return found.data
+    return replaced[-1].data
 
 
 def _loading_home(kind: type[nn.Module]) -> str:

@@ -23,6 +23,8 @@ from contextlib import ExitStack
 import torch
 
 from weightstream.device.accelerator import on_callers_device
+from weightstream.device.claims import claim, num_ended
+from weightstream.device.placement import Placement
 from weightstream.errors import LoadCancelledError, MemoryBudgetError, ReadError, WeightstreamError
 from weightstream.interpreter import quick_thread_switches
 from weightstream.prefetch.attempts import Attempts
@@ -254,6 +256,11 @@ class Job:
                 *(report.num_tensors, report.num_bytes / 1e9, report.device, report.wall_s, report.strategy),
             )
 
+    def _take(self, placement: Placement, ended: int, stack: ExitStack) -> None:
+        self.readiness.expect(placement.names, placement.prefixes)
+        stack.callback(placement.release)
+        stack.enter_context(claim(placement, ended))
+
     def _load(self, sink: Sink, peak: Peak) -> LoadReport:
         engine = self._engine
         with ExitStack() as stack:
@@ -268,9 +275,9 @@ class Job:
             self._check_stop()  # asked before there were files to stop at
             engine.staging.limit_budget(self.fall_back)
             checkpoint, source, attempts = files.call(functools.partial(self._open, files, sink.prefetch_config))
+            ended = num_ended()
             prepared = sink.prepare(checkpoint, source, files)
-            self.readiness.expect(prepared.placement.names, prepared.placement.prefixes)
-            stack.callback(prepared.placement.release)
+            self._take(prepared.placement, ended, stack)
             landing = {device for device, backend in enumerate(prepared.backends) if backend.lands}
             if landing:
                 strategy, io = prepared.decision.strategy, sink.prefetch_config.io

@@ -33,7 +33,8 @@ class Situation:
     """What `auto` decides on.
 
     Attributes:
-        device: where tensors go; `is_host`: whether that is host memory.
+        device: where tensors go; `is_host`: whether that is host memory. `fullest`: of several, that with the least room
+            beside its weights, whose `new_bytes` and `free_device_bytes` count.
         num_bytes: of the tensors that are wanted.
         new_bytes: of the storage that the loader makes for them, on the device.
         in_place: whether some of them go into storage that the model has.
@@ -68,6 +69,7 @@ class Situation:
     num_ranks: int
     file_system: FileSystem
     resident_share: float | None
+    fullest: str = ""
 
     @property
     def share_bytes(self) -> int:
@@ -118,7 +120,7 @@ def _facts(s: Situation) -> str:
     kind = "" if s.file_system.kind == "memory" else f", {s.file_system.kind}"
     cache = "" if s.resident_share is None else f", {s.resident_share:.0%} in the page cache"
     ranks = "" if s.num_ranks == 1 else f" for {s.num_ranks} ranks"
-    device = "" if s.free_device_bytes is None else f", {_size(s.free_device_bytes)} free on {s.device}"
+    device = "" if s.free_device_bytes is None else f", {_size(s.free_device_bytes)} free on {s.fullest or s.device}"
     where = f"{_size(s.num_bytes)} for {s.device}, on {s.file_system.name}{kind}{cache}"
     return f"{where}; {_size(s.free_host_bytes)} of host memory free{ranks}{device}"
 

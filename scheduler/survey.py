@@ -50,7 +50,7 @@ def choose(  # noqa: PLR0913 (what there is to decide on)
         source: how it is read.
         specs: the tensors that are wanted, sorted by shard and by `begin`.
         places: what becomes of each.
-        backends: where to. For several, one ring feeds them all, and `auto` looks no further.
+        backends: where to. For several, one ring feeds them all.
         make: makes the plan.
         beside_bytes: what is held beside parameters with storage; see `Situation`.
         spared_bytes: how much less `direct` holds.
@@ -60,11 +60,8 @@ def choose(  # noqa: PLR0913 (what there is to decide on)
     if config.strategy != "auto":
         decision = Decision(config.strategy, "asked for")
         return decision, make(decision)
-    if len(backends) > 1:
-        decision = Decision("stream", f"auto: {len(backends)} devices share one bounded ring")
-        return decision, make(decision)
     situation = dataclasses.replace(
-        survey(engine, files, checkpoint, source, specs, places, backends[0], delivers=delivers),
+        survey(engine, files, checkpoint, source, specs, places, backends, delivers=delivers),
         beside_bytes=beside_bytes,
         spared_bytes=spared_bytes,
     )
@@ -85,34 +82,46 @@ def survey(
     source: Source,
     specs: Sequence[TensorSpec],
     places: Sequence[Place],
-    backend: Backend,
+    backends: Sequence[Backend],
     *,
     delivers: bool = False,
 ) -> Situation:
-    """Look at the machine and at what is wanted; see `choose`."""
+    """Look at the machine and at what is wanted; see `choose`.
+
+    Of several devices that which has least room beside its weights counts; of what the CPU is to hold, so much less host
+    memory is free.
+    """
     prefetch = engine.config.prefetch
-    num_bytes = new_bytes = filled_bytes = cast_bytes = 0
+    num_bytes = staged_bytes = filled_bytes = cast_bytes = 0
+    new_bytes = [0] * len(backends)
     for place in places:
         size = place.num_bytes
         num_bytes += size
         if place.mode == "fill":
             filled_bytes += size
-            continue
-        if place.dtype is not place.stored_dtype:
-            cast_bytes += size
-            size = size // place.stored_dtype.itemsize * place.dtype.itemsize
-        new_bytes += size
-    is_host = backend.lands
-    can_stay = is_host and not (delivers or filled_bytes or cast_bytes)
+        else:
+            if place.is_cast:
+                cast_bytes += size
+            new_bytes[place.device] += (
+                size // place.stored_dtype.itemsize * place.dtype.itemsize if place.is_cast else size
+            )
+        if delivers or not backends[place.device].lands or place.mode == "fill" or place.is_cast:
+            staged_bytes += size
+    is_host = all(one.lands for one in backends)
+    free_bytes = [engine.staging.free_device_bytes(one) for one in backends]
+    left_bytes = {at: free - new_bytes[at] for at, free in enumerate(free_bytes) if free is not None}
+    fullest = min(left_bytes, key=lambda at: left_bytes[at]) if left_bytes else 0
+    on_host_bytes = sum(size for size, one in zip(new_bytes, backends, strict=True) if one.lands)
+    can_stay = is_host and len(backends) == 1 and not (delivers or filled_bytes or cast_bytes)
     can_stay = can_stay and prefetch.page_cache == "keep" and prefetch.io != "direct"
     file_system = files.call(lambda: _file_system(checkpoint, files))
     wants_residency = can_stay and file_system.kind == "local"
-    staged_bytes = filled_bytes + cast_bytes if is_host and not delivers else num_bytes
     return Situation(
-        device=str(backend.device),
+        device=", ".join(str(one.device) for one in backends),
+        fullest=str(backends[fullest].device),
         is_host=is_host,
         num_bytes=num_bytes,
-        new_bytes=0 if delivers else new_bytes,
+        new_bytes=0 if delivers else on_host_bytes if is_host else new_bytes[fullest],
         in_place=filled_bytes > 0,
         can_stay=can_stay,
         staged_bytes=staged_bytes,
@@ -123,8 +132,8 @@ def survey(
         spared_bytes=0,
         held_bytes=engine.staging.ring.statistics().num_bytes,
         chunk_bytes=prefetch.chunk,
-        free_host_bytes=available_bytes(),
-        free_device_bytes=engine.staging.free_device_bytes(backend),
+        free_host_bytes=available_bytes() - (0 if is_host or delivers else on_host_bytes),
+        free_device_bytes=free_bytes[fullest],
         num_ranks=find_ranks().local_size,
         file_system=file_system,
         resident_share=files.call(lambda: _resident_share(source, specs)) if wants_residency else None,

@@ -326,6 +326,20 @@ async def test_accelerator(
     assert report.reason.startswith("auto: ")
 
 
+async def test_several_devices_are_decided_on_with_numbers(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch, path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    """One ring feeds both, which is of no use where it has no room for two chunks."""
+    device_map = {"": "cpu:1", "t0": "cpu:2"}
+    reports = []
+    for free in (2**40, 100_000):
+        set_up(monkeypatch, free=free)
+        rig = make_rig("host", several=["cpu:1", "cpu:2"])
+        reports.append(await load(rig, path, tensors, "meta", host_memory=10 * MIB, device_map=device_map))
+    assert [report.strategy for report in reports] == ["stream", "direct"]
+    assert all(report.reason.startswith("auto: ") and " free" in report.reason for report in reports)
+
+
 async def test_consumer_is_given_nothing_mapped(
     monkeypatch: pytest.MonkeyPatch, path: Path, tensors: dict[str, torch.Tensor]
 ) -> None:

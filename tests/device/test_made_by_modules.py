@@ -1,0 +1,50 @@
+"""What modules that load themselves put where tensors were on meta: values, ties and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.builders import write_checkpoint
+from weightstream import LoaderConfig, load_sync
+
+
+@pytest.mark.parametrize("commit", ["progressive", "atomic"])
+@pytest.mark.parametrize("left_out", ["", "0.num_batches_tracked", "1.num_batches_tracked"])
+@pytest.mark.parametrize("where", ["meta", "cpu"])
+def test_buffer_that_two_modules_with_hooks_share_gets_its_value(
+    tmp_path: Path, where: str, left_out: str, commit: str
+) -> None:
+    """Each of them puts a new one there, where the tensor is on meta, and one of them is not given its value."""
+    with torch.device(where):
+        model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+        model[1].num_batches_tracked = model[0].num_batches_tracked
+    stored = {name: torch.full(tensor.shape, 7).to(tensor.dtype) for name, tensor in model.state_dict().items()}
+    path = write_checkpoint(tmp_path / "c", {name: tensor for name, tensor in stored.items() if name != left_out})
+    load_sync(model, path, config=LoaderConfig.model_validate({"device": {"target": "cpu", "commit": commit}}))
+    assert model[0].num_batches_tracked is model[1].num_batches_tracked
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("model", torch.float32), ("bfloat16", torch.bfloat16), ("checkpoint", torch.float16)]
+)
+def test_what_a_hook_joins_on_meta_has_the_dtype_that_was_asked_for(
+    tmp_path: Path, dtype: str, expected: torch.dtype
+) -> None:
+    def join(_: nn.Module, state: dict[str, torch.Tensor], prefix: str, *__: Any) -> None:
+        state[f"{prefix}weight"] = torch.cat([state.pop(f"{prefix}{name}") for name in "qk"])
+
+    model = nn.Linear(2, 4, device="meta", bias=False)
+    register: Callable[..., object] = model.register_load_state_dict_pre_hook
+    register(join)
+    stored = {name: torch.rand(2, 2).half() for name in "qk"}
+    path = write_checkpoint(tmp_path / "c", stored)
+    load_sync(model, path, config=LoaderConfig.model_validate({"device": {"target": "cpu", "dtype": dtype}}))
+    assert model.weight.dtype is expected
+    assert torch.equal(model.weight, torch.cat([stored["q"], stored["k"]]).to(expected))

@@ -1,0 +1,78 @@
+"""Two loads into the same parameters: the second is refused, and nothing of it is left."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.builders import write_checkpoint
+from tests.models import tensors_of
+from weightstream import LoaderConfig, load_sync
+from weightstream.device.claims import claim, num_ended
+from weightstream.device.config import DeviceConfig
+from weightstream.device.placement import Place, Placement
+from weightstream.errors import PlacementError
+
+LIMIT_S = 20
+CPU = LoaderConfig.model_validate({"device": {"target": "cpu"}})
+
+
+def halted(module: nn.Module) -> tuple[threading.Event, threading.Event]:
+    """Have loads of a module stop in the middle: an event that says so, and one that they wait for."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        reached.set()
+        assert go_on.wait(LIMIT_S)
+
+    register: Callable[..., object] = module.register_load_state_dict_pre_hook  # torch gives it no types
+    register(wait)
+    return reached, go_on
+
+
+@pytest.mark.parametrize("where", ["meta", "cpu"])
+def test_second_load_into_a_shared_module_is_refused_until_the_first_has_ended(tmp_path: Path, where: str) -> None:
+    with torch.device(where):
+        shared, hooked = nn.Linear(4, 4), nn.Linear(4, 4)
+        first, second = nn.Sequential(shared, hooked), nn.Sequential(shared, nn.Linear(4, 4))
+    reached, go_on = halted(hooked)
+    stored = {
+        name: torch.rand_like(tensor)
+        for name, tensor in tensors_of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))).items()
+    }
+    path = write_checkpoint(tmp_path / "c", stored)
+    thread = threading.Thread(target=load_sync, args=(first, path), kwargs={"config": CPU})
+    thread.start()
+    assert reached.wait(LIMIT_S)
+    with pytest.raises(PlacementError, match="another load, which has not ended") as caught:
+        load_sync(second, path, config=CPU)
+    assert caught.value.tensor in ("0.weight", "0.bias")
+    go_on.set()
+    thread.join(LIMIT_S)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in first.state_dict().items())
+    load_sync(second, path, config=CPU)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in second.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("where", "has_ended", "is_refused"), [("cpu", 1, True), ("meta", 1, False), ("cpu", 0, False)]
+)
+def test_load_whose_parameters_were_filled_while_it_was_checked_is_refused(
+    where: str, has_ended: int, *, is_refused: bool
+) -> None:
+    """Between its look at the model and its claim, another load may have ended."""
+    place = Place("weight", 8, torch.float32, torch.float32, (2,), "adopt", 0, torch.empty(2, device=where))
+    placement = Placement((torch.device("cpu"),), {}, DeviceConfig())
+    placement.places.append(place)
+    ended = num_ended() - has_ended
+    with pytest.raises(PlacementError, match="has filled") if is_refused else nullcontext(), claim(placement, ended):
+        assert not is_refused
+    with claim(placement, num_ended()):
+        pass
