@@ -39,7 +39,8 @@ def claim(placement: Placement, ended: int) -> Generator[None, None, None]:
     """
     global _num_ended  # noqa: PLW0603 (one for the process)
     tensors = {id(place.tensor): place.name for place in placement.places if place.tensor is not None}
-    tensors |= {id(target.tensor): target.name for tree in placement.subtrees for target in tree.targets}
+    trees = filter(placement.wants, placement.subtrees)
+    tensors |= {id(target.tensor): target.name for tree in trees for target in tree.targets}
     claimed = set(tensors)
     with _lock:
         if taken := next((found for other in _claims if (found := claimed & other)), None):

@@ -76,3 +76,22 @@ def test_load_whose_parameters_were_filled_while_it_was_checked_is_refused(
         assert not is_refused
     with claim(placement, num_ended()):
         pass
+
+
+def test_parts_of_one_model_are_loaded_at_the_same_time(tmp_path: Path) -> None:
+    """Also where modules that load themselves are among those that a load leaves out."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    reached, go_on = halted(model[1])
+    stored = {name: torch.ones(tensor.shape).to(tensor.dtype) for name, tensor in model.state_dict().items()}
+    path = write_checkpoint(tmp_path / "c", stored)
+    first, second = (
+        LoaderConfig.model_validate({"device": {"target": "cpu", "include": [f"^{part}"]}}) for part in ("1", "[02]")
+    )
+    thread = threading.Thread(target=load_sync, args=(model, path), kwargs={"config": first})
+    thread.start()
+    assert reached.wait(LIMIT_S)
+    load_sync(model, path, config=second)
+    go_on.set()
+    thread.join(LIMIT_S)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
