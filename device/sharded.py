@@ -16,7 +16,7 @@ from weightstream.errors import PlacementError
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["check_sharded", "is_sharded", "local_parts", "split_like"]
+__all__ = ["check_sharded", "is_sharded", "local_part", "local_parts", "split_like"]
 
 
 def _library() -> ModuleType | None:
@@ -60,6 +60,11 @@ def split_like(tensor: DTensor, whole: torch.Tensor) -> DTensor:
     assert library is not None
     split: DTensor = library.distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
     return split
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the storage that a DTensor has here; of any other tensor, itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def local_parts(tensor: DTensor, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from weightstream.device.binding import Binder
 from weightstream.device.config import UserMap
 from weightstream.device.matching import deliver, match
 from weightstream.device.placement import Placement
-from weightstream.device.sharded import is_sharded
+from weightstream.device.sharded import local_part
 from weightstream.device.stage import DeviceStage
 from weightstream.device.turns import Turn, find_turns
 from weightstream.errors import PlacementError
@@ -257,7 +257,7 @@ def _refuse_overdue(model: nn.Module) -> None:
         PlacementError: a parameter or buffer has such memory.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        local = tensor.to_local() if is_sharded(tensor) else tensor
+        local = local_part(tensor)
         if local.device.type != "cpu" or local.layout is not torch.strided:
             continue
         storage = local.untyped_storage()

@@ -61,6 +61,47 @@ def test_second_load_into_a_shared_module_is_refused_until_the_first_has_ended(t
     assert all(torch.equal(tensor, stored[name]) for name, tensor in second.state_dict().items())
 
 
+def detached(first: nn.Linear, second: nn.Linear) -> None:
+    second.weight = nn.Parameter(first.weight.detach())
+
+
+def overlapping(first: nn.Linear, second: nn.Linear) -> None:
+    buffer = torch.zeros(20)
+    first.weight, second.weight = nn.Parameter(buffer[:16].view(4, 4)), nn.Parameter(buffer[4:].view(4, 4))
+
+
+def halves_of_one_buffer(first: nn.Linear, second: nn.Linear) -> None:
+    buffer = torch.zeros(2, 4, 4)
+    first.weight, second.weight = nn.Parameter(buffer[0]), nn.Parameter(buffer[1])
+
+
+@pytest.mark.parametrize(
+    ("share", "is_refused"), [(detached, True), (overlapping, True), (halves_of_one_buffer, False)]
+)
+@pytest.mark.parametrize("commit", ["progressive", "atomic"])
+def test_memory_is_filled_by_one_load_at_a_time(
+    tmp_path: Path, share: Callable[[nn.Linear, nn.Linear], None], commit: str, *, is_refused: bool
+) -> None:
+    config = LoaderConfig.model_validate({"device": {"target": "cpu", "commit": commit}})
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    share(first, second)
+    held = nn.Sequential(first, nn.Linear(4, 4))
+    reached, go_on = halted(held[1])
+    stored = {name: torch.ones(tensor.shape) for name, tensor in held.state_dict().items()}
+    path = write_checkpoint(tmp_path / "first", stored)
+    other = write_checkpoint(tmp_path / "second", {"weight": torch.zeros(4, 4), "bias": torch.zeros(4)})
+    thread = threading.Thread(target=load_sync, args=(held, path), kwargs={"config": config})
+    thread.start()
+    assert reached.wait(LIMIT_S)
+    with pytest.raises(PlacementError, match="another load") if is_refused else nullcontext():
+        load_sync(second, other, config=config)
+    go_on.set()
+    thread.join(LIMIT_S)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in held.state_dict().items())
+    if not is_refused:
+        assert not second.weight.any()
+
+
 @pytest.mark.parametrize(
     ("where", "has_ended", "is_refused"), [("cpu", 1, True), ("meta", 1, False), ("cpu", 0, False)]
 )
