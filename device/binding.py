@@ -18,10 +18,9 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from weightstream.device.accelerator import foreach_copy
-from weightstream.device.dtypes import CASTABLE
 from weightstream.device.exchange import exchange as _exchange
 from weightstream.device.placement import Place, Placement, is_adopted, tensor_of
-from weightstream.device.selfloading import Keys, load_module, restore
+from weightstream.device.selfloading import Keys, described, load_subtree, made_dtype
 from weightstream.device.sharded import is_sharded, local_parts, split_like
 from weightstream.device.stage import DeviceStage
 from weightstream.device.targets import Subtree
@@ -80,18 +79,18 @@ class Binder:
 
     def bind(self, places: list[int]) -> list[str]:
         """Place tensors whose bytes are all there; return the names, in the model, that may be used from now on."""
-        described = self._placement.places
+        all_places = self._placement.places
         ready: list[str] = []
-        filled = [index for index in places if described[index].mode == "fill"]
+        filled = [index for index in places if all_places[index].mode == "fill"]
         if filled:
             self._stage.filled(filled)
             for index in filled:
-                ready += described[index].names
-            places = [index for index in places if described[index].mode != "fill"]
+                ready += all_places[index].names
+            places = [index for index in places if all_places[index].mode != "fill"]
         tensors: list[torch.Tensor] = []
         adopted: list[torch.Tensor] = []
         for index, taken in zip(places, self._stage.take(places), strict=True):
-            place = described[index]
+            place = all_places[index]
             if place.mode == "stage" and not is_adopted(place):
                 self._staged[place.name] = taken  # of an expanded tensor, a copy could be of any size
                 continue
@@ -110,7 +109,7 @@ class Binder:
             self._ready += ready
             return []
         if self._sharded:
-            whole = [described[index] for index in places if described[index].name in self._sharded]
+            whole = [all_places[index] for index in places if all_places[index].name in self._sharded]
             if whole:
                 self._stage.run(lambda: self._write(whole, ready))
         return ready
@@ -270,8 +269,8 @@ class Binder:
             if keys is None:
                 check()
                 keys = self._load_subtree(subtree, ready)
-            self._note_keys(subtree, _described(subtree), keys.missing_keys, keys.unexpected_keys)
-            self._placement.loaded_themselves.append(_described(subtree))
+            self._note_keys(subtree, described(subtree), keys.missing_keys, keys.unexpected_keys)
+            self._placement.loaded_themselves.append(described(subtree))
 
     @torch.no_grad()
     def _write(self, places: list[Place], ready: list[str]) -> None:
@@ -316,35 +315,16 @@ class Binder:
         """Let a module load its part of the checkpoint itself, as `load_state_dict` of the whole model would."""
         state = self._state_for(subtree)
         whole = {(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in state.values() if not is_sharded(tensor)}
-        assign = any(target.tensor.is_meta for target in subtree.targets)
         materialised = [target for target in subtree.targets if not target.tensor.is_meta]
         if self._is_atomic:
             self._keep((target.name, target.tensor) for target in materialised)
         self._written.extend(target.name for target in materialised)
-        keys = Keys([], [])
-        errors: list[str] = []
-        try:
-            given = {**state, **subtree.extras}
-            load_module(*(subtree.module, given, subtree.prefix, keys, errors), versions=self._versions, assign=assign)
-            if errors:
-                raise RuntimeError("; ".join(errors))  # noqa: TRY301 (mapped like those that hooks raise)
-        except Exception as exc:
-            for target in (*subtree.targets, *subtree.tied):
-                restore(target)
-            raise PlacementError(
-                f"{_described(subtree)}, which loads itself, failed: {exc}", tensor=subtree.name or None
-            ) from exc
-        # All of them first: what is done with their contents may fail, and no parameter of the module's making may stay.
-        restored = [(target, restore(target)) for target in subtree.targets]
-        for target in subtree.tied:  # others load it
-            restore(target)
-        for target, contents in restored:
-            if contents is None:
-                continue
+        keys, made = load_subtree(subtree, state, self._versions)
+        for target, contents in made:
             if not target.tensor.is_meta:  # it had storage, which `assign` does not ask for
                 target.tensor.copy_(contents)
                 continue
-            wanted = self._wanted_dtype(target.tensor, contents)
+            wanted = made_dtype(target.tensor, contents, self._placement.dtype)
             if contents.dtype is wanted and (contents.data_ptr(), wanted, contents.shape) in whole:
                 self._adopt([target.tensor], [contents])
             else:  # a hook's slice holds all of a block
@@ -354,16 +334,6 @@ class Binder:
         ready.extend(place.name for place in subtree.places)
         ready.extend(name for target in subtree.targets for name in target.names)
         return keys
-
-    def _wanted_dtype(self, tensor: torch.Tensor, contents: torch.Tensor) -> torch.dtype:
-        """Return which dtype a parameter on meta gets that a module has made itself, of tensors with names of their own.
-
-        `device.dtype` says, as for any other; but what is no floating-point number is what the module has made it.
-        """
-        wanted = tensor.dtype
-        if self._placement.dtype == "checkpoint" or not {wanted, contents.dtype} <= CASTABLE:
-            return contents.dtype
-        return wanted if self._placement.dtype == "model" else getattr(torch, self._placement.dtype)
 
     def _state_for(self, subtree: Subtree) -> dict[str, torch.Tensor]:
         """Return what a module is given, by its own names: a checkpoint may have a tied tensor under one or several."""
@@ -395,10 +365,6 @@ class Binder:
             if has_values and (named.intersection(names) or set(own) - missing):
                 filled.update(names)
         return filled
-
-
-def _described(subtree: Subtree) -> str:
-    return f"{subtree.name or 'the model'} ({type(subtree.module).__qualname__})"
 
 
 def _split(place: Place, whole: torch.Tensor) -> torch.Tensor:

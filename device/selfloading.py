@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import nn
 
-if TYPE_CHECKING:  # it asks this module which they are
-    from weightstream.device.targets import Site, Target
+from weightstream.device.dtypes import CASTABLE
+from weightstream.errors import PlacementError
 
-__all__ = ["Keys", "keeps_shapes", "load_module", "overrides_loading", "restore"]
+if TYPE_CHECKING:  # it asks this module which they are
+    from weightstream.device.targets import Site, Subtree, Target
+
+__all__ = ["Keys", "described", "keeps_shapes", "load_subtree", "made_dtype", "overrides_loading"]
 
 
 def overrides_loading(kind: type[nn.Module]) -> bool:
@@ -38,7 +41,7 @@ class Keys(NamedTuple):
     unexpected_keys: list[str]
 
 
-def load_module(
+def _load_module(
     module: nn.Module,
     state: dict[str, object],
     prefix: str,
@@ -60,7 +63,7 @@ def load_module(
     for name, child in module._modules.items():
         if child is not None:
             below = {key: value for key, value in state.items() if key.startswith(f"{prefix}{name}.")}
-            load_module(child, below, f"{prefix}{name}.", keys, errors, versions=versions, assign=assign)
+            _load_module(child, below, f"{prefix}{name}.", keys, errors, versions=versions, assign=assign)
     hooks = cast("dict[int, Callable[[nn.Module, Keys], object]]", vars(module)["_load_state_dict_post_hooks"])
     for hook in hooks.values():
         if hook(module, keys) is not None:
@@ -69,16 +72,76 @@ def load_module(
             )
 
 
-def restore(target: Target) -> torch.Tensor | None:
+def load_subtree(
+    subtree: Subtree, state: Mapping[str, torch.Tensor], versions: Mapping[str, Mapping[str, object]]
+) -> tuple[Keys, list[tuple[Target, torch.Tensor]]]:
+    """Let a module load its part of a checkpoint itself, as `load_state_dict` of the whole model would.
+
+    The parameters stay registered that were. Those on meta, which it has replaced by new ones, are returned with the
+    contents of these.
+
+    Raises:
+        PlacementError: its hooks failed, or it gave a parameter that has storage another shape.
+    """
+    assign = any(target.tensor.is_meta for target in subtree.targets)
+    keys = Keys([], [])
+    errors: list[str] = []
+    try:
+        given = {**state, **subtree.extras}
+        _load_module(*(subtree.module, given, subtree.prefix, keys, errors), versions=versions, assign=assign)
+        if errors:
+            raise RuntimeError("; ".join(errors))  # noqa: TRY301 (mapped like those that hooks raise)
+    except Exception as exc:
+        for target in (*subtree.targets, *subtree.tied):
+            _restore(target)
+        raise PlacementError(
+            f"{described(subtree)}, which loads itself, failed: {exc}", tensor=subtree.name or None
+        ) from exc
+    # All of them first: what is done with their contents may fail, and no parameter of the module's making may stay.
+    restored = [(target, _restore(target)) for target in subtree.targets]
+    for target in subtree.tied:  # others load it
+        _restore(target)
+    made = [(target, contents) for target, contents in restored if contents is not None]
+    for target, contents in made:
+        if not target.tensor.is_meta and target.tensor.shape != contents.shape:
+            raise PlacementError(
+                f"{described(subtree)}, which loads itself, gave this parameter another shape, and it has storage",
+                tensor=target.name,
+                expected=str(tuple(target.tensor.shape)),
+                actual=str(tuple(contents.shape)),
+                hint="Load into a model on meta",
+            )
+    return keys, made
+
+
+def described(subtree: Subtree) -> str:
+    """Return what to call it in sentences."""
+    return f"{subtree.name or 'the model'} ({type(subtree.module).__qualname__})"
+
+
+def made_dtype(tensor: torch.Tensor, contents: torch.Tensor, asked: str) -> torch.dtype:
+    """Return which dtype a parameter on meta gets that a module has made itself, of tensors with names of their own.
+
+    `device.dtype`, which is `asked`, says so as for any other; but what is no floating-point number stays what the module
+    has made it.
+    """
+    if asked == "checkpoint" or not {tensor.dtype, contents.dtype} <= CASTABLE:
+        return contents.dtype
+    return tensor.dtype if asked == "model" else getattr(torch, asked)
+
+
+def _restore(target: Target) -> torch.Tensor | None:
     """Register a parameter again that `load_state_dict` replaced by a new one; return the new one's contents.
 
-    One that is registered in several places may have been replaced in some of them: the last one counts.
+    One that is registered in several places may have been replaced in some of them: the last one counts. Where hooks have
+    taken it away, it stays away.
     """
-    replaced = [found for site in target.sites if (found := _registered(site)) is not target.tensor]
+    sites = [(site, found) for site in target.sites if (found := _registered(site)) is not None]
+    replaced = [found for _, found in sites if found is not target.tensor]
     if not replaced:
         return None
-    for one in target.sites:  # as the module itself would: nn.LSTM, for one, keeps a list of its own
-        setattr(one.module, one.key, target.tensor)
+    for site, _ in sites:  # as the module itself would: nn.LSTM, for one, keeps a list of its own
+        setattr(site.module, site.key, target.tensor)
     return replaced[-1].data
 
 
@@ -88,8 +151,6 @@ def _loading_home(kind: type[nn.Module]) -> str:
     return owner.__module__
 
 
-def _registered(site: Site) -> torch.Tensor:
+def _registered(site: Site) -> torch.Tensor | None:
     module, key = site.module, site.key
-    found = module._parameters[key] if key in module._parameters else module._buffers.get(key)
-    assert found is not None
-    return found
+    return module._parameters[key] if key in module._parameters else module._buffers.get(key)

@@ -13,7 +13,7 @@ from typing import cast
 import msgspec
 
 from weightstream.errors import UnsupportedFormatError
-from weightstream.prefetch.pickles import PickledBytes, PickledSet, PickledTensor
+from weightstream.prefetch.pickled import PickledBytes, PickledSet, PickledTensor
 
 __all__ = ["ExtraState", "ExtraTensor", "is_extra_state", "take_extra_states"]
 

@@ -8,27 +8,19 @@ What torch makes of these names: torch/_utils.py.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn, cast
 
-import msgspec
-
 from weightstream.errors import HeaderError, UnsupportedFormatError
 from weightstream.prefetch.header import MAX_RANK
+from weightstream.prefetch.pickled import OPAQUE, UNTYPED, PickledBytes, PickledDict, PickledSet, PickledTensor, Storage
 from weightstream.prefetch.torchnames import DEVICES, DTYPES, OWN_ATTRIBUTES, STORAGES
 from weightstream.prefetch.unpickling import MalformedError, NewerProtocolError, unpickle
 
 __all__ = [
     "MAX_OPCODES",
     "MAX_PICKLE_BYTES",
-    "OPAQUE",
-    "PickledBytes",
-    "PickledDict",
-    "PickledSet",
-    "PickledTensor",
-    "Storage",
     "newer_protocol",
     "read_pickle",
 ]
@@ -41,60 +33,6 @@ MAX_OPCODES = 2**21
 #: So many tensors with attributes are made inside each other: each takes stack. torch makes one.
 _MOST_INSIDE = 2
 
-#: Stands for the dtype of a storage of bytes, of which every tensor says its own.
-_UNTYPED = "untyped"
-
-
-class Storage(msgspec.Struct, frozen=True):
-    """Bytes of a file that tensors lie in. `num_elements` counts elements of `dtype`; bytes where that is "untyped"."""
-
-    key: str
-    dtype: str
-    num_elements: int
-
-    @property
-    def is_untyped(self) -> bool:
-        return self.dtype == _UNTYPED
-
-
-class PickledTensor(msgspec.Struct, frozen=True):
-    """A tensor as a pickle describes it, unchecked. Offset and strides count elements."""
-
-    storage: Storage
-    dtype: str
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-class PickledBytes(msgspec.Struct, frozen=True):
-    """Bytes, as the characters of the same numbers; `is_array`: a bytearray of them."""
-
-    text: str
-    is_array: bool = False
-
-
-class PickledDict(OrderedDict[object, object]):
-    """An OrderedDict. `metadata` is what the pickle gives it as its attribute `_metadata`, unchecked; None: nothing."""
-
-    metadata: object = None
-
-
-class PickledSet(msgspec.Struct, frozen=True):
-    """A set of the first `count` items of a list, which can only grow: strings, numbers, None, and bytes."""
-
-    items: list[object]
-    count: int
-
-
-class _Opaque:
-    """Something that no tensor depends on."""
-
-    __slots__ = ()
-
-
-OPAQUE = _Opaque()
-
 
 def read_pickle(
     raw: bytes, start: int = 0, *, file: str, is_old: bool = False, most_opcodes: int = MAX_OPCODES
@@ -103,7 +41,8 @@ def read_pickle(
 
     Returns:
         What it stands for: None, bool, int, float, complex, str, tuple, list, dict with keys that are strings or numbers,
-        `PickledTensor`, `PickledBytes`, `PickledSet`, or `OPAQUE`; where it ends in `raw`; and the storages that it mentions, by their keys.
+        `PickledTensor`, `PickledBytes`, `PickledSet`, or `OPAQUE`; where it ends in `raw`; and the storages that it
+        mentions, by their keys.
 
     Raises:
         EndOfDataError: `raw` ends before the pickle does.
@@ -348,7 +287,7 @@ def _check_gradient(dtype: str, requires_grad: object, hooks: object) -> None:
     """Refuse what torch would not make a tensor of, though nothing of it is needed here."""
     if type(requires_grad) is not bool or (requires_grad and (dtype.startswith(("U", "I", "q")) or dtype == "BOOL")):
         raise MalformedError("a tensor that cannot have a gradient, and shall")
-    if hooks is not None and not isinstance(hooks, OrderedDict):
+    if hooks is not None and not isinstance(hooks, PickledDict):
         raise MalformedError("hooks that are none")
 
 
@@ -385,7 +324,7 @@ _PLAIN_CLASS = object()
 _NAMES: dict[str, object] = {
     **{f"torch.{name}Storage": _StorageClass(dtype) for name, dtype in STORAGES.items()},
     **{f"torch.{name}": _DType(dtype) for name, dtype in DTYPES.items()},
-    **{f"torch.{module}UntypedStorage": _StorageClass(_UNTYPED) for module in ("storage.", "")},
+    **{f"torch.{module}UntypedStorage": _StorageClass(UNTYPED) for module in ("storage.", "")},
     **dict.fromkeys(("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"), _PLAIN_CLASS),
     "torch._utils._rebuild_tensor": _Function(_Tensors.tensor),
     "torch._utils._rebuild_tensor_v2": _Function(_Tensors.tensor_v2),

@@ -15,12 +15,10 @@ from weightstream.prefetch.archive import Archive
 from weightstream.prefetch.extras import ExtraState, ExtraTensor, is_extra_state, take_extra_states
 from weightstream.prefetch.header import DTYPE_BITS, TensorSpec
 from weightstream.prefetch.opening import read_exactly
+from weightstream.prefetch.pickled import PickledDict, PickledTensor, Storage
 from weightstream.prefetch.pickles import (
     MAX_OPCODES,
     MAX_PICKLE_BYTES,
-    PickledDict,
-    PickledTensor,
-    Storage,
     newer_protocol,
     read_pickle,
 )

@@ -7,18 +7,16 @@ no grant. `Filling.take` and the reads that it returns run on reader threads.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 from weightstream.device.stage import DeviceStage
-from weightstream.errors import LoadCancelledError
 from weightstream.prefetch import overdue
-from weightstream.prefetch.mapping import populate
-from weightstream.prefetch.memory import PAGE_BYTES, copy_out
+from weightstream.prefetch.memory import PAGE_BYTES
 from weightstream.prefetch.ring import Ring, Slot
 from weightstream.prefetch.source import ByteRange
 from weightstream.scheduler.course import Course, Fill
+from weightstream.scheduler.fetching import Fetching
 from weightstream.scheduler.hashing import Hashing
 from weightstream.scheduler.plan import Chunk, LoadPlan
 from weightstream.scheduler.reading import Reading
@@ -74,8 +72,6 @@ class Filling:
         hashing: Hashing | None,
     ) -> None:
         self.reads: dict[object, Read] = {}
-        #: To what readers are writing that is memory of the model's, or that they copy to from a slot.
-        self._writes: dict[object, list[memoryview]] = {}
         self.num_copies = 0
         self.cached_read_s = 0.0
         self.storage_read_s = 0.0
@@ -84,7 +80,8 @@ class Filling:
         self._plan = plan
         self._source, self._tuner = reading.source, reading.tuner
         self._resident, self._passes = reading.resident, reading.passes
-        self._widen, self._eviction = reading.widen, reading.eviction
+        self._widen = reading.widen
+        self._fetching = Fetching(course, reading, stage)
         self._stage = stage
         self._ring = ring
         self._admit = admit
@@ -108,7 +105,7 @@ class Filling:
     @property
     def num_writing(self) -> int:
         """How many readers are writing to memory of the model's, or copying from a slot."""
-        return len(self._writes)
+        return len(self._fetching.writes)
 
     @property
     def is_over(self) -> bool:
@@ -160,13 +157,13 @@ class Filling:
         - *The process is forked.* The child has the memory and not the thread: there, the slot stays written off.
         - *It was read into a block of an adopted parameter.* No slot is involved. The parameter is on meta again, the
           block is nobody's but the read's, and is unmapped with the last view of it.
-        - *It was read into a slot on its way to a block, or to a parameter.* It does not copy any more: see `_writing`.
+        - *It was read into a slot on its way to a block, or to a parameter.* It does not copy any more: see `Fetching._writing`.
         - *It was reading into a parameter that has storage.* Such a read is waited for far longer (`Flow.drain`). Should it
           be given up in the end, the storage lives as long as its views, as a block does, and is `overdue`: no load writes
           to it until then.
         """
         self._on_return = on_return
-        for write, buffers in self._writes.items():
+        for write, buffers in self._fetching.writes.items():
             overdue.expect(write, buffers)
         found = GivenUp(len(self.reads), [])
         for fill in self._course.fills.values():  # a chunk of which no part is being read has its slot to give back
@@ -235,7 +232,7 @@ class Filling:
         copy_s: float | None = None
         cpu_s = time.thread_time()
         try:
-            copy_s = self._fetch(read, fill, part)
+            copy_s = self._fetching.fetch(fill, part, lambda: self._lands(read))
         except BaseException as exc:  # noqa: BLE001 (whatever it is, it ends the load and not the reader thread)
             error = exc
         ended_s = course.clock.now()
@@ -249,6 +246,14 @@ class Filling:
             self._come_back(fill)
         elif workers is not None:
             self._widen(workers)
+
+    def _lands(self, read: object) -> None:
+        """Count a read that has ended, and whose bytes are now copied, as a copy until it is off the list. The lock is held.
+
+        It is on the list: reads are given up only once the course has an error.
+        """
+        self.reads[read] = self.reads[read]._replace(lands=True)
+        self._course.ledger.change(reading=-1, landing=1)
 
     def _finish(
         self,
@@ -287,19 +292,10 @@ class Filling:
         if self._hashing is None:
             return self._course.hand_over(fill)
         try:
-            self._hashing.put(fill, self._buffers_of(fill))
+            self._hashing.put(fill, self._fetching.buffers_of(fill))
         except RuntimeError as error:  # no more threads can be had
             self._course.fail(error)
         return 0
-
-    def _buffers_of(self, fill: Fill) -> list[memoryview]:
-        """Return the memory that the bytes of a chunk are in, once all of them are."""
-        if fill.direct and not fill.bounces:
-            assert fill.slot is not None
-            assert fill.shift is not None
-            return [fill.slot.view[fill.shift : fill.shift + fill.chunk.num_bytes]]
-        view = None if fill.slot is None else fill.slot.view
-        return self._stage.buffers(fill.chunk.transfer, view, 0, fill.chunk.num_bytes)
 
     def _come_back(self, fill: Fill) -> None:
         """Give back what belongs to a read alone that was given up and has returned; see `give_up`."""
@@ -333,70 +329,3 @@ class Filling:
                 fill.slot = None
         if slot is not None:
             self._ring.release(slot)
-
-    def _fetch(self, read: object, fill: Fill, part: ByteRange) -> float | None:
-        """Read a part; return since when it was copied from the slot, if it was."""
-        whole, transfer = fill.chunk.source, fill.chunk.transfer
-        begin, end = part.begin - whole.begin, part.end - whole.begin
-        if fill.shift is None:
-            view = None if fill.slot is None else fill.slot.view
-            if transfer.in_place:
-                with self._writing() as buffers:
-                    buffers.extend(self._stage.buffers(transfer, view, begin, end))
-                    self._read_through_cache(fill, part, buffers)
-            else:
-                self._read_through_cache(fill, part, self._stage.buffers(transfer, view, begin, end))
-            return None
-        assert fill.slot is not None
-        pages = fill.slot.view[part.begin // PAGE_BYTES * PAGE_BYTES - whole.begin // PAGE_BYTES * PAGE_BYTES :]
-        wanted = pages[part.begin % PAGE_BYTES :][: part.end - part.begin]
-        if fill.direct:
-            self._source.read_direct(part, pages)
-        else:
-            self._read_through_cache(fill, part, [wanted])
-        if not fill.bounces:
-            return None
-        copy_s = self._course.clock.now()
-        with self._writing(copies=read) as buffers:
-            buffers.extend(self._stage.buffers(transfer, None, begin, end))
-            copy_out(wanted, buffers)
-        return copy_s
-
-    def _read_through_cache(self, fill: Fill, part: ByteRange, buffers: list[memoryview]) -> None:
-        if fill.chunk.is_mapped:
-            for buffer in buffers:
-                populate(buffer)
-            return
-        self._source.read(part, buffers)
-        if fill.tuned and self._eviction is not None:
-            self._eviction.forget(part)
-
-    @contextmanager
-    def _writing(self, copies: object | None = None) -> Generator[list[memoryview], None, None]:
-        """Let a reader write to memory that is not a slot's; or raise, because the load has been stopped.
-
-        The drain waits for those that have begun, so nothing is written to the model after the load has ended.
-
-        Args:
-            copies: the read that has ended, and whose bytes are now copied: it counts as a copy until it is off the list.
-
-        Yields:
-            A list for the memory.
-        """
-        course = self._course
-        with course.condition:
-            if course.error is not None:
-                raise LoadCancelledError("the load was stopped before this was written")
-            write = object()
-            buffers = self._writes[write] = []
-            if copies is not None:  # it is on the list: reads are given up only once the course has an error
-                self.reads[copies] = self.reads[copies]._replace(lands=True)
-                course.ledger.change(reading=-1, landing=1)
-        try:
-            yield buffers
-        finally:
-            with course.condition:
-                del self._writes[write]
-                overdue.is_over(write)
-                if course.error is not None:
-                    course.condition.notify_all()

@@ -12,6 +12,7 @@ from torch import nn
 
 from tests.builders import write_checkpoint
 from weightstream import LoaderConfig, load_sync
+from weightstream.errors import PlacementError
 
 
 @pytest.mark.parametrize("commit", ["progressive", "atomic"])
@@ -48,3 +49,44 @@ def test_what_a_hook_joins_on_meta_has_the_dtype_that_was_asked_for(
     load_sync(model, path, config=LoaderConfig.model_validate({"device": {"target": "cpu", "dtype": dtype}}))
     assert model.weight.dtype is expected
     assert torch.equal(model.weight, torch.cat([stored["q"], stored["k"]]).to(expected))
+
+
+def repack(module: nn.Module, *_: Any) -> None:
+    weight = module.get_parameter("weight").detach()
+    del module.weight
+    module.register_buffer("packed", weight.t().contiguous())
+
+
+def drop_bias(module: nn.Module, *_: Any) -> None:
+    module.register_parameter("bias", None)
+
+
+def transpose(module: nn.Module, *_: Any) -> None:
+    module.weight = nn.Parameter(module.get_parameter("weight").detach().t().contiguous())
+
+
+@pytest.mark.parametrize("commit", ["progressive", "atomic"])
+@pytest.mark.parametrize("where", ["meta", "cpu"])
+@pytest.mark.parametrize("hook", [repack, drop_bias, transpose])
+def test_hooks_may_take_parameters_away_but_give_no_storage_another_shape(
+    tmp_path: Path, hook: Callable[..., None], where: str, commit: str
+) -> None:
+    def make() -> nn.Module:
+        module = nn.Linear(2, 3, device=where)
+        register: Callable[..., object] = module.register_load_state_dict_post_hook
+        register(hook)
+        return module
+
+    stored = {"weight": torch.rand(3, 2), "bias": torch.rand(3)}
+    path = write_checkpoint(tmp_path / "c", stored)
+    model, expected = make(), make()
+    expected.load_state_dict(stored, assign=where == "meta")
+    config = LoaderConfig.model_validate({"device": {"target": "cpu", "commit": commit}})
+    if hook is transpose and where == "cpu":
+        with pytest.raises(PlacementError, match="gave this parameter another shape"):
+            load_sync(model, path, config=config)
+        return
+    load_sync(model, path, config=config)
+    found = model.state_dict()
+    assert found.keys() == expected.state_dict().keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.state_dict().items())

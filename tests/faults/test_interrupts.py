@@ -16,7 +16,7 @@ from torch import nn
 
 import weightstream as ws
 from tests.builders import leaves_nothing
-from tests.fakes.interrupts import interrupted
+from tests.fakes.interrupts import Countdown, interrupted
 from tests.prefetch.test_arena import address_of, is_mapped
 from tests.real.families import save_small
 from weightstream.integrations.transformers import from_pretrained
@@ -29,8 +29,8 @@ CONFIG = ws.LoaderConfig.model_validate({"strategy": "stream", "prefetch": {"wor
 FILES = tuple(
     f"/{name}.py"
     for name in (
-        *("weightstream/api", "loader", "handle", "job", "engine", "stragglers", "clock", "conversion", "memory"),
-        *("arena", "_base"),
+        *("weightstream/api", "loader", "handle", "job", "engine", "staging", "stragglers", "clock", "conversion"),
+        *("memory", "arena", "_base"),
     )
 )
 
@@ -90,6 +90,20 @@ def fail(path: Path) -> None:
 WAYS: list[Callable[[Path], None]] = [load_sync, iterate, leave_an_iterator, load, start, stream, fail]
 
 
+def interrupt(action: Callable[[], object], number: int, again: int | None = None) -> Countdown:
+    """Interrupt an action at one of its moments, and then at one of what follows; see that it leaves nothing."""
+    with interrupted(number, FILES, again) as countdown, leaves_nothing():
+        try:
+            action()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.setprofile(None)
+            if again is not None:
+                sys.settrace(None)
+    return countdown
+
+
 def go_through(action: Callable[[], object], *, step: int = 1) -> int:
     """Interrupt an action at each of its moments, or at every so many-th; return how many there are."""
     action()  # imports
@@ -97,13 +111,7 @@ def go_through(action: Callable[[], object], *, step: int = 1) -> int:
     gc.disable()  # or finalizers of others would have moments too
     try:
         while True:
-            with interrupted(number, FILES) as countdown, leaves_nothing():
-                try:
-                    action()
-                except KeyboardInterrupt:
-                    pass
-                finally:
-                    sys.setprofile(None)
+            countdown = interrupt(action, number)
             if not countdown.where:
                 return number
             number += step
@@ -118,14 +126,7 @@ def interrupt_twice(action: Callable[[], object], number: int, step: int) -> int
     """
     again = num_pairs = 0
     while True:
-        with interrupted(number, FILES, again) as countdown, leaves_nothing():
-            try:
-                action()
-            except KeyboardInterrupt:
-                pass
-            finally:
-                sys.setprofile(None)
-                sys.settrace(None)
+        countdown = interrupt(action, number, again)
         if not countdown.where:
             return None
         if not countdown.again_where:
