@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from weightstream.device.targets import Targets
+from weightstream.device.placement import Placement
+from weightstream.device.targets import Subtree, Targets
 from weightstream.errors import PlacementError
 
 __all__ = ["DeviceMap"]
@@ -65,6 +66,38 @@ class DeviceMap:
                     actual=str(actual),
                     hint="Move it there, or change device.device_map",
                 )
+
+    def leave_on_meta(self, placement: Placement, found: Targets) -> list[Subtree]:
+        """Note what a map leaves on meta, and which ties it would split; forget, and return, modules that nothing is loaded of.
+
+        Raises:
+            PlacementError: a module that loads itself would get a part of its tensors alone.
+        """
+        unloaded: set[str] = set()
+        for name, at in found.index_of.items():
+            target = found.special.get(at)
+            if target is not None and name != target.name:  # a tie: dealt with under its first name
+                continue
+            index = self.index_of(name)
+            names = [name] if target is None else target.names
+            if index is None:
+                unloaded.update(names)
+            if any(self.index_of(other) != index for other in names[1:]):
+                placement.split_ties.append(name)
+        placement.unloaded = [name for name in found.index_of if name in unloaded]
+        left: list[Subtree] = []
+        for subtree in list(found.subtrees):
+            names = [target.name for target in subtree.targets if target.name in unloaded]
+            if names and len(names) == len(subtree.targets):
+                found.subtrees.remove(subtree)
+                left.append(subtree)
+            elif names:
+                raise PlacementError(
+                    f"the device map leaves this on meta, but {subtree.name or 'the model'} loads all its tensors itself",
+                    tensor=names[0],
+                    hint="Leave all of that module on meta, or nothing",
+                )
+        return left
 
     def _of_module(self, name: str) -> torch.device | None:
         if name not in self._found:

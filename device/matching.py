@@ -43,7 +43,7 @@ def deliver(stored: Mapping[str, Stored], config: DeviceConfig, device: torch.de
     return placement
 
 
-def match(  # noqa: C901, PLR0912 (one loop over all tensors)
+def match(  # noqa: C901 (one loop over all tensors)
     model: nn.Module,
     stored: Mapping[str, Stored],
     config: DeviceConfig,
@@ -76,12 +76,7 @@ def match(  # noqa: C901, PLR0912 (one loop over all tensors)
     _check_own_buffers(found, NameRules(config), devices)
     _check_subtrees(found)
     placement.subtrees, placement.prefixes = found.subtrees, found.prefixes
-    if isinstance(default, DeviceMap):
-        default.check(found)
-        _leave_on_meta(placement, found, default)
-        placement.devices = default.devices or (torch.device("cpu"),)
-    else:
-        placement.devices = (_common_device(found, config, default),)
+    left = _choose_devices(placement, found, config, default)
     index, device = 0, placement.devices[0]
     places, names, find, special = placement.places, placement.names, found.index_of.get, found.special
     add_place, add_name, tensors = places.append, names.append, found.tensors
@@ -99,7 +94,9 @@ def match(  # noqa: C901, PLR0912 (one loop over all tensors)
                 continue
             index, device = chosen, placement.devices[chosen]
         if at < 0 or (target is not None and target.subtree is not None):
-            if name in last_states:  # another one counts
+            if (
+                name in last_states or _enclosing(left, name) is not None
+            ):  # another one counts, or it would be the hook's
                 continue
             own_name = stands_for.get(name, name)
             if not _place_specially(placement, found, name, own_name, spec, target, config, index):
@@ -137,34 +134,17 @@ def _missing(placement: Placement, found: Targets) -> list[str]:
     ]
 
 
-def _leave_on_meta(placement: Placement, found: Targets, devices: DeviceMap) -> None:
-    """Note what a map leaves on meta, and which ties it would split; forget modules of which nothing is loaded.
-
-    Raises:
-        PlacementError: a module that loads itself would get a part of its tensors alone.
-    """
-    unloaded: set[str] = set()
-    for name, at in found.index_of.items():
-        target = found.special.get(at)
-        if target is not None and name != target.name:  # a tie: dealt with under its first name
-            continue
-        index = devices.index_of(name)
-        names = [name] if target is None else target.names
-        if index is None:
-            unloaded.update(names)
-        if any(devices.index_of(other) != index for other in names[1:]):
-            placement.split_ties.append(name)
-    placement.unloaded = [name for name in found.index_of if name in unloaded]
-    for subtree in list(found.subtrees):
-        left = [target.name for target in subtree.targets if target.name in unloaded]
-        if left and len(left) == len(subtree.targets):
-            found.subtrees.remove(subtree)
-        elif left:
-            raise PlacementError(
-                f"the device map leaves this on meta, but {subtree.name or 'the model'} loads all its tensors itself",
-                tensor=left[0],
-                hint="Leave all of that module on meta, or nothing",
-            )
+def _choose_devices(
+    placement: Placement, found: Targets, config: DeviceConfig, default: torch.device | DeviceMap
+) -> list[Subtree]:
+    """Note the devices; return the modules that load themselves and are left on meta."""
+    if not isinstance(default, DeviceMap):
+        placement.devices = (_common_device(found, config, default),)
+        return []
+    default.check(found)
+    left = default.leave_on_meta(placement, found)
+    placement.devices = default.devices or (torch.device("cpu"),)
+    return left
 
 
 def _give_extras(

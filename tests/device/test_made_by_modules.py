@@ -90,3 +90,41 @@ def test_hooks_may_take_parameters_away_but_give_no_storage_another_shape(
     found = model.state_dict()
     assert found.keys() == expected.state_dict().keys()
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.state_dict().items())
+
+
+class WithExtraState(nn.Linear):
+    """As modules of TransformerEngine: the extra state is a tensor."""
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.zeros(8, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+
+def with_an_old_name(num_in: int, num_out: int) -> nn.Module:
+    def rename(_: nn.Module, state: dict[str, torch.Tensor], prefix: str, *__: Any) -> None:
+        if f"{prefix}kernel" in state:
+            state[f"{prefix}weight"] = state.pop(f"{prefix}kernel")
+
+    module = nn.Linear(num_in, num_out)
+    register: Callable[..., object] = module.register_load_state_dict_pre_hook
+    register(rename)
+    return module
+
+
+@pytest.mark.parametrize("make", [WithExtraState, with_an_old_name])
+@pytest.mark.parametrize("left", [{"1": "meta"}, {"1.weight": "meta", "1.bias": "meta"}])
+def test_names_of_a_module_that_a_map_leaves_on_meta_are_not_unexpected(
+    tmp_path: Path, make: Callable[[int, int], nn.Module], left: dict[str, int | str]
+) -> None:
+    stored = nn.Sequential(nn.Linear(2, 2), make(2, 2)).state_dict()
+    if make is with_an_old_name:
+        stored["1.kernel"] = stored.pop("1.weight")
+    path = write_checkpoint(tmp_path / "c", dict(stored))
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 2), make(2, 2))
+    report = load_sync(model, path, device_map={"": "cpu", **left})
+    assert set(report.unloaded_keys) == {"1.weight", "1.bias"}
+    assert report.unexpected_keys == ()
+    assert torch.equal(model.get_parameter("0.weight"), stored["0.weight"])
