@@ -17,7 +17,7 @@ from tests.builders import assert_same, write_sums
 from tests.fakes.rig import Rig
 from tests.scheduler.test_overlap import CHUNK, NUM_CHUNKS, ONE_SECOND, Layers, checkpoint_of_chunks
 from weightstream.prefetch.memory import copy_out
-from weightstream.scheduler import filling
+from weightstream.scheduler import fetching
 from weightstream.scheduler.report import LoadReport
 from weightstream.scheduler.timeline import Recorder, Timeline
 from weightstream.summary import print_report
@@ -35,7 +35,7 @@ def fixture_copies_take(monkeypatch: pytest.MonkeyPatch) -> Callable[[Rig, float
             rig.clock.sleep(seconds)
             copy_out(source, buffers)
 
-        monkeypatch.setattr(filling, "copy_out", copy)
+        monkeypatch.setattr(fetching, "copy_out", copy)
 
     return take
 
@@ -151,7 +151,7 @@ async def test_nothing_is_left_in_the_ledger_of_a_load_that_ends_in_a_copy(
         counts.append((ledger.reading, ledger.landing))
         rig.clock.sleep(100)
 
-    monkeypatch.setattr(filling, "copy_out", copy)
+    monkeypatch.setattr(fetching, "copy_out", copy)
     async with rig.loader(chunk=CHUNK, workers=1, stall_s=10.0, scheduler={"timeout_s": 5.0}) as loader:
         handle = await loader.start(Layers(), path)
         ledger = handle._job._ledger
