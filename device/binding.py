@@ -5,10 +5,10 @@ it. So its class, its attributes, its ties and every reference that somebody hol
 parameters leaves not one new object to the garbage collector. `requires_grad` belongs to what is exchanged and is
 copied. Runs on the load's own thread.
 
-An atomic load changes nothing before `finish`, when everything is there. What may fail comes first then, and what cannot
-be undone last: ties are compared; modules load themselves, and memory that several tensors have is written, after their
-tensors have been copied so that they can be put back; what is on meta is exchanged; and what has storage is written to,
-which only a device that breaks can stop.
+An atomic load changes nothing before `finish`, when everything is there. What can be undone comes first then: ties are
+compared; what is on meta is exchanged; memory that several tensors have is written, and modules load themselves, after their
+tensors have been copied so that they can be put back. All else that has storage is written to in the end, which only a
+device that breaks can stop.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class Binder:
         self._ready: list[str] = []
         #: What to put back: names as in `written`, tensors, and copies of them.
         self._originals: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        self._kept: set[int] = set()
         self._staged: dict[str, torch.Tensor] = {}
         #: What modules that came in turns said, by their identity; looked at in the end, in the order of the model.
         self._said: dict[int, Keys] = {}
@@ -220,16 +221,25 @@ class Binder:
         """Change the whole model; see the module for the order."""
         placement = self._placement
         self._compare_doubles()
-        self._load_subtrees(ready, check)
-        self._keep((place.name, tensor_of(place)) for place in placement.shared)
-        self._write_shared(ready)
         self._exchange(self._waiting, self._loaded)
         self._waiting.clear()
         self._loaded.clear()
-        self._write_at_once([*placement.strided, *placement.sharded], ready)
+        self._keep((place.name, tensor_of(place)) for place in placement.shared)
+        self._write_shared(ready)
+        rest = [*placement.strided, *placement.sharded]
+        tied = [place for place in rest if place.target is not None and place.target.decider is not None]
+        self._keep(
+            (place.name, tensor_of(place)) for place in tied
+        )  # their modules look at them as they load themselves
+        self._write(tied, ready)
+        self._load_subtrees(ready, check)
+        self._write_at_once([place for place in rest if place.name in self._staged], ready)
 
     def _keep(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self._originals += [(name, tensor, tensor.detach().clone()) for name, tensor in tensors]
+        for name, tensor in tensors:
+            if id(tensor) not in self._kept:
+                self._kept.add(id(tensor))
+                self._originals.append((name, tensor, tensor.detach().clone()))
 
     @torch.no_grad()
     def _put_back(self) -> None:
@@ -253,15 +263,17 @@ class Binder:
                 )
 
     def _compare_doubles(self) -> None:
-        if not self._placement.doubles:
+        doubles, twins = self._placement.doubles, self._placement.twins
+        if not (doubles or twins):
             return
         waiting = {id(tensor): loaded for tensor, loaded in zip(self._waiting, self._loaded, strict=True)}
-        for first, second in self._placement.doubles:
+        for first, second in (*doubles, *twins):
             if second.name not in self._staged:  # it had its turn
                 continue
             found = self._staged.get(first.name, waiting.get(id(tensor_of(first))))
-            loaded = tensor_of(first) if found is None else found
-            self._compare(first, loaded, self._staged.pop(second.name), second)
+            self._compare(first, tensor_of(first) if found is None else found, self._staged[second.name], second)
+        for _, second in doubles:
+            self._staged.pop(second.name, None)
 
     def _load_subtrees(self, ready: list[str], check: Callable[[], None]) -> None:
         for subtree in filter(self._placement.wants, self._placement.subtrees):
@@ -315,7 +327,7 @@ class Binder:
         """Let a module load its part of the checkpoint itself, as `load_state_dict` of the whole model would."""
         state = self._state_for(subtree)
         whole = {(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in state.values() if not is_sharded(tensor)}
-        materialised = [target for target in subtree.targets if not target.tensor.is_meta]
+        materialised = [target for target in subtree.all_targets if not target.tensor.is_meta]
         if self._is_atomic:
             self._keep((target.name, target.tensor) for target in materialised)
         self._written.extend(target.name for target in materialised)
@@ -326,43 +338,45 @@ class Binder:
                 continue
             wanted = made_dtype(target.tensor, contents, self._placement.dtype)
             if contents.dtype is wanted and (contents.data_ptr(), wanted, contents.shape) in whole:
-                self._adopt([target.tensor], [contents])
+                self._exchange([target.tensor], [contents])
             else:  # a hook's slice holds all of a block
                 own = contents.to(wanted).clone(memory_format=torch.contiguous_format)
                 self._stage.made(own.nbytes, subtree.places[0].device if subtree.places else 0)
-                self._adopt([target.tensor], [own])
-        ready.extend(place.name for place in subtree.places)
-        ready.extend(name for target in subtree.targets for name in target.names)
+                self._exchange([target.tensor], [own])
+        ready.extend(place.name for place in subtree.places if place.target is None)
+        overruled = set(map(id, subtree.overruled))
+        ready.extend(name for target in subtree.all_targets if id(target) not in overruled for name in target.names)
         return keys
 
     def _state_for(self, subtree: Subtree) -> dict[str, torch.Tensor]:
         """Return what a module is given, by its own names: a checkpoint may have a tied tensor under one or several."""
         state: dict[str, torch.Tensor] = {}
-        given: dict[str, Place] = {}
+        firsts: dict[int, tuple[Place, torch.Tensor]] = {}
         for place in subtree.places:
-            name, loaded = subtree.own_name(place.name, place.target), self._staged.pop(place.name)
-            if name in state:
-                self._compare(given[name], state[name], loaded, place)
-                continue
-            state[name], given[name] = loaded, place
-        return {name: _split(given[name], loaded) for name, loaded in state.items()}
+            loaded = self._staged.pop(place.name)
+            if place.target is not None:
+                first, same = firsts.setdefault(id(place.target), (place, loaded))
+                if first is not place:
+                    self._compare(first, same, loaded, place)
+            state.setdefault(subtree.own_name(place.name, place.target), _split(place, loaded))
+        return state
 
     def _note_keys(self, subtree: Subtree, name: str, missing: list[str], unexpected: list[str]) -> None:
         if missing:
             filled = self._filled_otherwise(subtree, set(missing))
             missing = [key for key in missing if key not in filled]
+            missing += [key for target in subtree.all_targets for key in target.names_beside(subtree, missing)]
         self._placement.note_keys(missing, unexpected, says=name)
 
     def _filled_otherwise(self, subtree: Subtree, missing: set[str]) -> set[str]:
         """Return which of the names that a module misses are those of tensors that were loaded under another name."""
         named = set(self._placement.names)
-        waiting = set(map(id, self._waiting))
         filled: set[str] = set()
-        for target in (*subtree.targets, *subtree.tied):
+        for target in subtree.all_targets:
             names = target.names
             own = [name for name in names if name.startswith(subtree.prefix)]
-            has_values = not target.tensor.is_meta or id(target.tensor) in waiting
-            if has_values and (named.intersection(names) or set(own) - missing):
+            has_values = not target.tensor.is_meta and (named.intersection(names) or set(own) - missing)
+            if has_values or target.is_decided_after(subtree):
                 filled.update(names)
         return filled
 

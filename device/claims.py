@@ -50,7 +50,7 @@ def claim(placement: Placement, ended: int) -> Generator[None, None, None]:
         id(place.tensor): (place.name, place.tensor) for place in placement.places if place.tensor is not None
     }
     for subtree in filter(placement.wants, placement.subtrees):
-        claimed |= {id(target.tensor): (target.name, target.tensor) for target in subtree.targets}
+        claimed |= {id(target.tensor): (target.name, target.tensor) for target in subtree.all_targets}
     with _lock:
         for other in _claims:
             if taken := _common(claimed, other):

@@ -86,10 +86,9 @@ class DeviceMap:
                 placement.split_ties.append(name)
         placement.unloaded = [name for name in found.index_of if name in unloaded]
         left: list[Subtree] = []
-        for subtree in list(found.subtrees):
+        for subtree in found.subtrees:
             names = [target.name for target in subtree.targets if target.name in unloaded]
             if names and len(names) == len(subtree.targets):
-                found.subtrees.remove(subtree)
                 left.append(subtree)
             elif names:
                 raise PlacementError(
@@ -97,6 +96,8 @@ class DeviceMap:
                     tensor=names[0],
                     hint="Leave all of that module on meta, or nothing",
                 )
+        gone = {subtree.rank for subtree in left}
+        placement.subtrees = [subtree for subtree in found.subtrees if subtree.rank not in gone]
         return left
 
     def _of_module(self, name: str) -> torch.device | None:

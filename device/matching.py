@@ -73,6 +73,7 @@ def match(  # noqa: C901 (one loop over all tensors)
     devices = default if isinstance(default, DeviceMap) else None
     placement = Placement((), stored, config)
     found = find_targets(model)
+    found.decide(stored)
     _check_own_buffers(found, NameRules(config), devices)
     _check_subtrees(found)
     placement.subtrees, placement.prefixes = found.subtrees, found.prefixes
@@ -88,12 +89,12 @@ def match(  # noqa: C901 (one loop over all tensors)
     all_at = list(map(find, stored, repeat(-1)))  # in one go: most of it is waiting for memory
     for (name, spec), at in zip(stored.items(), all_at, strict=True):
         target = special.get(at) if special else None
-        if devices is not None and (at >= 0 or _enclosing(found.subtrees, name) is not None):
+        if devices is not None and (at >= 0 or _enclosing(placement.subtrees, name) is not None):
             chosen = devices.index_of(name if target is None else target.name)
             if chosen is None:
                 continue
             index, device = chosen, placement.devices[chosen]
-        if at < 0 or (target is not None and target.subtree is not None):
+        if at < 0 or (target is not None and target.subtree_of(name) >= 0):
             if (
                 name in last_states or _enclosing(left, name) is not None
             ):  # another one counts, or it would be the hook's
@@ -106,17 +107,19 @@ def match(  # noqa: C901 (one loop over all tensors)
         else:
             place = _place(name, spec, tensors[at], at, target, config, device, index, as_declared=as_declared)
             add_place(place)
-            if place.mode != "adopt":
+            if place.mode != "adopt" and (target is None or target.is_filled_by(name)):
                 _note_in_place(placement, place, in_place)
         if target is None:
             add_name(name)
-        elif target.filled_by < 0:
+        elif target.is_filled_by(name):
             target.filled_by = len(places) - 1
             names.extend(target.names)
+    if special:
+        _note_again(placement)
     if in_place:
         _find_shared(placement, in_place)
     counting = {name: make for name, make in (extras or {}).items() if name not in last_states}
-    unexpected += _give_extras(found.subtrees, counting, stands_for, devices)
+    unexpected += _give_extras(placement.subtrees, counting, stands_for, devices)
     placement.note_keys(_missing(placement, found), _without_doubles(unexpected, found, stored, extras or {}))
     return placement
 
@@ -130,8 +133,13 @@ def _missing(placement: Placement, found: Targets) -> list[str]:
     return [
         name
         for name, at in found.index_of.items()
-        if name not in known and (at not in special or special[at].subtree is None)
+        if name not in known and not (at in special and _is_asked_for(placement, found, special[at]))
     ]
+
+
+def _is_asked_for(placement: Placement, found: Targets, target: Target) -> bool:
+    """Tell whether a module that loads itself has this tensor, and will say whether it has got it."""
+    return any(site.subtree >= 0 and placement.wants(found.subtrees[site.subtree]) for site in target.sites)
 
 
 def _choose_devices(
@@ -178,16 +186,31 @@ def _without_doubles(
 
 
 def _note_in_place(placement: Placement, place: Place, in_place: list[int]) -> None:
-    """Note what has to be done at the end for the last of the places, whose target has storage or is filled already."""
-    target = place.target
-    if target is not None and target.filled_by >= 0:
-        placement.doubles.append((placement.places[target.filled_by], place))
-    elif place.mode == "stage" and is_sharded(tensor_of(place)):
+    """Note what has to be done at the end for the last of the places, whose target has storage."""
+    if place.mode == "stage" and is_sharded(tensor_of(place)):
         placement.sharded.append(place)
     else:
         in_place.append(len(placement.places) - 1)
         if place.mode == "stage":
             placement.strided.append(place)
+
+
+def _note_again(placement: Placement) -> None:
+    """Note what is to be compared of tied tensors that the checkpoint has under several names.
+
+    A module that loads itself compares itself what it has under several.
+    """
+    for place in placement.places:
+        if place.target is None:
+            continue
+        first = placement.places[place.target.filled_by]
+        if first is place:
+            continue
+        subtree = place.target.subtree_of(place.name)
+        if subtree < 0:
+            placement.doubles.append((first, place))
+        elif subtree != place.target.subtree_of(first.name):
+            placement.twins.append((first, place))
 
 
 def _find_shared(placement: Placement, in_place: list[int]) -> None:
@@ -221,7 +244,7 @@ def _place_specially(
     device: int,
 ) -> bool:
     """Place a tensor that a module loads itself; return false for one that has no place at all."""
-    subtree = target.subtree if target is not None else _enclosing(found.subtrees, own_name)
+    subtree = _enclosing(placement.subtrees, own_name) if target is None else found.subtrees[target.subtree_of(name)]
     if subtree is None:
         return False
     if own_name != name:
@@ -247,7 +270,7 @@ def _check_own_buffers(found: Targets, rules: NameRules, devices: DeviceMap | No
 def _check_subtrees(found: Targets) -> None:
     """Refuse tensors that modules which load themselves would replace by tensors of another kind."""
     for subtree in found.subtrees:
-        for target in subtree.targets:
+        for target in subtree.all_targets:
             tensor = target.tensor
             if type(tensor) not in PLAIN and target.on_meta:
                 check_kind(tensor, target.name)
@@ -303,7 +326,7 @@ def _place(  # noqa: PLR0913 (called for each tensor: objects that hold some of 
     if dtype is not declared or (on_meta and not as_declared):
         wanted = destination_dtype(dtype, tensor, config, tensor_name=name)
     mode: Mode = "adopt"
-    if target is not None and target.filled_by >= 0:
+    if target is not None and not target.is_filled_by(name):
         mode = "stage"
     elif not on_meta:
         mode = _mode_in_place(tensor, device, config, name)

@@ -105,7 +105,8 @@ class Placement:
         dtype: `device.dtype`.
         places: one per tensor that is wanted from the checkpoint, in the checkpoint's order.
         subtrees: modules that load themselves, in order of registration.
-        doubles: pairs of places that hold the same tied tensor and must be equal; the second is staged.
+        doubles: pairs of places that hold the same tied tensor and must be equal; the second is staged, and dropped then.
+        twins: such pairs, of which the second is given to a module that loads itself, and not the first.
         strided: staged places that are copied into a target with storage: without contiguous one, or any, where all
             parameters are to change at once.
         shared: staged places whose targets are views of one memory, in order of registration: they are copied in this
@@ -128,6 +129,7 @@ class Placement:
         self.places: list[Place] = []
         self.subtrees: list[Subtree] = []
         self.doubles: list[tuple[Place, Place]] = []
+        self.twins: list[tuple[Place, Place]] = []
         self.strided: list[Place] = []
         self.shared: list[Place] = []
         self.sharded: list[Place] = []
@@ -150,6 +152,7 @@ class Placement:
         own_bytes = sum(
             beside_bytes(place) for tree in self.subtrees for place in tree.places if place.device in devices
         )
+        own_bytes += max((self._saved_bytes(tree, devices) for tree in self.subtrees), default=0)
         beside = (*self.strided, *self.shared, *self.sharded, *(second for _, second in self.doubles))
         return own_bytes + sum(place.held_bytes for place in beside if place.device in devices)
 
@@ -157,12 +160,21 @@ class Placement:
         """Return how many bytes are copied, so that they can be put back, before what may fail is done to them."""
         if not self._is_atomic:
             return 0
-        targets = [target for tree in self.subtrees if self.wants(tree) for target in tree.targets]
+        targets = {id(target): target for tree in self.subtrees if self.wants(tree) for target in tree.all_targets}
         own_bytes = sum(
-            padded(target.tensor.nbytes) for target in targets if not target.on_meta and self._index(target) in devices
+            padded(target.tensor.nbytes)
+            for target in targets.values()
+            if not target.on_meta and self._index(target) in devices
         )
         shared = [tensor_of(place) for place in self.shared if place.device in devices]
         return own_bytes + sum(padded(tensor.nbytes) for tensor in shared)
+
+    def _saved_bytes(self, tree: Subtree, devices: Collection[int]) -> int:
+        """Return how much is copied while a module loads itself, because what it does to it does not count."""
+        if not tree.runs_own_code:
+            return 0
+        found = [self.places[target.filled_by] for target in tree.overruled]
+        return sum(place.held_bytes for place in found if place.device in devices)
 
     def _index(self, target: Target) -> int:
         """Return which of the devices a tensor is on. Buffers elsewhere count for the first."""
@@ -172,7 +184,7 @@ class Placement:
     @property
     def hooks_may_change_more(self) -> bool:
         """Whether all tensors are to change at once, and modules have hooks of which nobody knows what else they do."""
-        return self._is_atomic and any(self.wants(tree) and not tree.keeps_shapes for tree in self.subtrees)
+        return self._is_atomic and any(self.wants(tree) and tree.runs_own_code for tree in self.subtrees)
 
     def note_keys(self, missing: Iterable[str], unexpected: Iterable[str], *, says: str | None = None) -> None:
         """Note names on one side alone, except for those that nobody asked for or that are to be ignored.
@@ -245,7 +257,8 @@ class Placement:
 
 def is_adopted(place: Place) -> bool:
     """Tell whether a tensor for a module that loads itself is what the model keeps, because there was none but on meta."""
-    return place.target is not None and place.target.on_meta
+    target = place.target
+    return target is not None and target.on_meta and (target.decider is None or target.decider.name == place.name)
 
 
 def beside_bytes(place: Place) -> int:

@@ -16,7 +16,7 @@ from weightstream.errors import PlacementError
 if TYPE_CHECKING:  # it asks this module which they are
     from weightstream.device.targets import Site, Subtree, Target
 
-__all__ = ["Keys", "described", "keeps_shapes", "load_subtree", "made_dtype", "overrides_loading"]
+__all__ = ["Keys", "OwnCode", "described", "load_subtree", "made_dtype", "overrides_loading", "own_code", "own_hooks"]
 
 
 def overrides_loading(kind: type[nn.Module]) -> bool:
@@ -24,14 +24,24 @@ def overrides_loading(kind: type[nn.Module]) -> bool:
     return _loading_home(kind) != nn.Module.__module__ or kind.set_extra_state is not nn.Module.set_extra_state
 
 
-def keeps_shapes(module: nn.Module) -> bool:
-    """Tell whether a module takes every tensor in the model's own shape, so that shapes can be checked beforehand.
+class OwnCode(NamedTuple):
+    """What code that is not torch's own runs when a module loads: whether it may reshape tensors, and whether there is any."""
 
-    torch's own modules do (BatchNorm overrides the method for old versions of itself); hooks may reshape anything.
-    """
+    reshapes: bool
+    runs: bool
+
+
+def own_code(kind: type[nn.Module]) -> OwnCode:
+    """Return what a class brings. torch's own modules take tensors as they are (BatchNorm looks at old versions of itself)."""
+    reshapes = not _loading_home(kind).startswith("torch.nn.")
+    return OwnCode(reshapes, reshapes or not getattr(kind.set_extra_state, "__module__", "").startswith("torch.nn."))
+
+
+def own_hooks(module: nn.Module) -> OwnCode:
+    """Return what a single module brings. Hooks before loading may reshape anything; those after it may do all else."""
     state = vars(module)
-    is_hooked = state["_load_state_dict_pre_hooks"] or "_load_from_state_dict" in state
-    return not is_hooked and _loading_home(type(module)).startswith("torch.nn.")
+    reshapes = bool(state["_load_state_dict_pre_hooks"]) or "_load_from_state_dict" in state
+    return OwnCode(reshapes, reshapes or bool(state["_load_state_dict_post_hooks"]))
 
 
 class Keys(NamedTuple):
@@ -41,29 +51,37 @@ class Keys(NamedTuple):
     unexpected_keys: list[str]
 
 
-def _load_module(
-    module: nn.Module,
-    state: dict[str, object],
-    prefix: str,
-    keys: Keys,
-    errors: list[str],
-    *,
-    versions: Mapping[str, Mapping[str, object]],
-    assign: bool,
-) -> None:
-    """Do what `nn.Module.load_state_dict` does for one module and those below, with names as in the whole model.
+class _Loading(NamedTuple):
+    """What the modules of a subtree have in common while they load themselves.
 
-    `versions` is what the checkpoint says of modules, by their names, as the `_metadata` of a state dict.
+    Attributes:
+        keys, errors: what they say.
+        versions: what the checkpoint says of modules, by their names, as the `_metadata` of a state dict.
+        assign: as in `load_state_dict`.
+        tied: tensors that have several names, by the identities of modules where they are registered.
     """
-    metadata = dict(versions.get(prefix[:-1], {}))
-    if assign:
+
+    keys: Keys
+    errors: list[str]
+    versions: Mapping[str, Mapping[str, object]]
+    assign: bool
+    tied: dict[int, list[tuple[Site, Target]]]
+
+
+def _load_module(module: nn.Module, state: dict[str, object], prefix: str, loading: _Loading) -> None:
+    """Do what `nn.Module.load_state_dict` does for one module and those below, with names as in the whole model."""
+    keys = loading.keys
+    metadata = dict(loading.versions.get(prefix[:-1], {}))
+    if loading.assign:
         metadata["assign_to_params_buffers"] = True
     load = cast("Callable[..., None]", module._load_from_state_dict)  # pyright: ignore[reportUnknownMemberType]
-    load(state, prefix, metadata, True, keys.missing_keys, keys.unexpected_keys, errors)
+    load(state, prefix, metadata, True, keys.missing_keys, keys.unexpected_keys, loading.errors)
+    for site, target in loading.tied.get(id(module), ()):
+        _tie_again(site, target)
     for name, child in module._modules.items():
         if child is not None:
             below = {key: value for key, value in state.items() if key.startswith(f"{prefix}{name}.")}
-            _load_module(child, below, f"{prefix}{name}.", keys, errors, versions=versions, assign=assign)
+            _load_module(child, below, f"{prefix}{name}.", loading)
     hooks = cast("dict[int, Callable[[nn.Module, Keys], object]]", vars(module)["_load_state_dict_post_hooks"])
     for hook in hooks.values():
         if hook(module, keys) is not None:
@@ -72,36 +90,55 @@ def _load_module(
             )
 
 
+def _tie_again(site: Site, target: Target) -> None:
+    """Register what has replaced a tied tensor in one place in the others, so that hooks see it there too."""
+    new = _registered(site)
+    if new is None or new is target.tensor:
+        return
+    for other in target.sites:
+        there = _registered(other)
+        if there is not None and there is not new:
+            setattr(other.module, other.key, new)
+
+
 def load_subtree(
     subtree: Subtree, state: Mapping[str, torch.Tensor], versions: Mapping[str, Mapping[str, object]]
 ) -> tuple[Keys, list[tuple[Target, torch.Tensor]]]:
     """Let a module load its part of a checkpoint itself, as `load_state_dict` of the whole model would.
 
     The parameters stay registered that were. Those on meta, which it has replaced by new ones, are returned with the
-    contents of these.
+    contents of these; what others load after it is as it was.
 
     Raises:
         PlacementError: its hooks failed, or it gave a parameter that has storage another shape.
     """
-    assign = any(target.tensor.is_meta for target in subtree.targets)
-    keys = Keys([], [])
-    errors: list[str] = []
+    overruled = {id(target) for target in subtree.overruled}
+    saved = [
+        (target.tensor, target.tensor.detach().clone())
+        for target in subtree.all_targets
+        if subtree.runs_own_code and id(target) in overruled and not target.tensor.is_meta
+    ]
+    assign = any(target.tensor.is_meta for target in subtree.all_targets)
+    loading = _Loading(Keys([], []), [], versions, assign, {})
+    for target in subtree.all_targets:
+        if len(target.sites) > 1:
+            for site in target.sites:
+                loading.tied.setdefault(id(site.module), []).append((site, target))
     try:
-        given = {**state, **subtree.extras}
-        _load_module(*(subtree.module, given, subtree.prefix, keys, errors), versions=versions, assign=assign)
-        if errors:
-            raise RuntimeError("; ".join(errors))  # noqa: TRY301 (mapped like those that hooks raise)
+        _load_module(subtree.module, {**state, **subtree.extras}, subtree.prefix, loading)
+        if loading.errors:
+            raise RuntimeError("; ".join(loading.errors))  # noqa: TRY301 (mapped like those that hooks raise)
     except Exception as exc:
-        for target in (*subtree.targets, *subtree.tied):
+        for target in subtree.all_targets:
             _restore(target)
         raise PlacementError(
             f"{described(subtree)}, which loads itself, failed: {exc}", tensor=subtree.name or None
         ) from exc
     # All of them first: what is done with their contents may fail, and no parameter of the module's making may stay.
-    restored = [(target, _restore(target)) for target in subtree.targets]
-    for target in subtree.tied:  # others load it
-        _restore(target)
-    made = [(target, contents) for target, contents in restored if contents is not None]
+    restored = [(target, _restore(target)) for target in subtree.all_targets]
+    for tensor, contents in saved:
+        tensor.copy_(contents)
+    made = [(target, contents) for target, contents in restored if contents is not None and id(target) not in overruled]
     for target, contents in made:
         if not target.tensor.is_meta and target.tensor.shape != contents.shape:
             raise PlacementError(
@@ -111,7 +148,7 @@ def load_subtree(
                 actual=str(tuple(contents.shape)),
                 hint="Load into a model on meta",
             )
-    return keys, made
+    return loading.keys, made
 
 
 def described(subtree: Subtree) -> str:

@@ -14,39 +14,44 @@ import msgspec
 import torch
 from torch import nn
 
-from weightstream.device.selfloading import keeps_shapes, overrides_loading
+from weightstream.device.selfloading import overrides_loading, own_code, own_hooks
 
 if TYPE_CHECKING:
     from weightstream.device.placement import Place
 
 __all__ = ["Site", "Subtree", "Target", "Targets", "find_targets"]
 
-# Hidden from the garbage collector, so that it does not scan what there may be tens of thousands of. They refer to
-# modules, so whoever holds them must let them go when the load ends.
+# Hidden from the garbage collector, so that it does not scan what there may be tens of thousands of. So no cycle may lead
+# through one of them, or it would stay for ever, with the model: they refer to modules, and modules that load themselves
+# refer to them, but they know these by their ranks alone.
 
 
 class Site(msgspec.Struct, frozen=True, gc=False):
-    """One place where a tensor is registered: `module._parameters[key]` or `module._buffers[key]`."""
+    """One place where a tensor is registered: `module._parameters[key]` or `module._buffers[key]`.
+
+    `subtree` is the rank, among modules that load themselves, of the one that this place is in; -1: none.
+    """
 
     name: str
     module: nn.Module
     key: str
+    subtree: int
 
 
 class Target(msgspec.Struct, gc=False):
     """A tensor of the model that has several names, or belongs to a module that loads itself.
 
     `sites` are where it is registered, the first one first; `position` is its rank in order of registration;
-    `filled_by` is the index of the place that fills it (-1: none so far; the place refers to the target already, and
-    objects that the collector does not see must not form a cycle).
+    `filled_by` is the index of the place that fills it (-1: none so far; the place refers to the target already). `decider` is the site whose name's tensor fills it
+    where the checkpoint has several and modules that load themselves have it too: the last, as in `load_state_dict`.
     """
 
     tensor: torch.Tensor
     on_meta: bool
     position: int
     sites: tuple[Site, ...]
-    subtree: Subtree | None = None
     filled_by: int = -1
+    decider: Site | None = None
 
     @property
     def name(self) -> str:
@@ -56,28 +61,74 @@ class Target(msgspec.Struct, gc=False):
     def names(self) -> list[str]:
         return [site.name for site in self.sites]
 
+    def subtree_of(self, name: str) -> int:
+        """Return the rank of the module that loads itself and has the tensor under this name; -1: none has."""
+        return next(site.subtree for site in self.sites if site.name == name)
+
+    def is_decided_after(self, subtree: Subtree) -> bool:
+        """Tell whether the decider is registered behind a module that has the tensor and loads itself."""
+        if self.decider is None:
+            return False
+        return all(site.subtree != subtree.rank for site in self.sites[self.sites.index(self.decider) :])
+
+    def names_beside(self, subtree: Subtree, missing: Collection[str]) -> list[str]:
+        """Return the names that are in no module that loads itself, if this is the first that has the tensor, and misses it."""
+        asked = [site for site in self.sites if site.subtree >= 0]
+        if asked[0].subtree != subtree.rank or asked[0].name not in missing:
+            return []
+        return [site.name for site in self.sites if site.subtree < 0]
+
+    def is_filled_by(self, name: str) -> bool:
+        """Tell whether the tensor that the checkpoint has under this name is the one that fills it."""
+        return self.filled_by < 0 if self.decider is None else self.decider.name == name
+
 
 class Subtree:
     """A module that loads itself: through hooks, an overridden `_load_from_state_dict`, or extra state.
 
     Attributes:
+        rank: which of the model's it is, in order of registration.
+        keeps_shapes: whether it takes every tensor in the model's own shape.
+        runs_own_code: whether code that is not torch's own runs when it loads, and may change anything.
         targets: its tensors, except for those that were found elsewhere first.
-        tied: those, which others load.
+        tied: those.
         places: what it is given.
         extras: and besides, by name: extra state that is no tensor.
         stand_ins: names of the checkpoint of what counts instead of what has the module's own name, which these lead to.
     """
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(self, rank: int, name: str, module: nn.Module) -> None:
+        self.rank = rank
         self.name = name
         self.prefix = f"{name}." if name else ""
         self.module = module
-        self.keeps_shapes = keeps_shapes(module)
+        self.keeps_shapes = True
+        self.runs_own_code = False
         self.targets: list[Target] = []
         self.tied: list[Target] = []
         self.places: list[Place] = []
         self.extras: dict[str, object] = {}
         self.stand_ins: dict[str, str] = {}
+        self._kinds: set[type[nn.Module]] = set()
+
+    def look_at(self, module: nn.Module) -> None:
+        """Take note of what is special about a module, which is this one or one below."""
+        found = [own_hooks(module)]
+        if type(module) not in self._kinds:
+            self._kinds.add(type(module))
+            found.append(own_code(type(module)))
+        for reshapes, runs in found:
+            self.keeps_shapes = self.keeps_shapes and not reshapes
+            self.runs_own_code = self.runs_own_code or runs
+
+    @property
+    def all_targets(self) -> list[Target]:
+        return self.targets + self.tied
+
+    @property
+    def overruled(self) -> list[Target]:
+        """Those of its tensors that are loaded under another name after this module: what it makes of them does not count."""
+        return [target for target in self.all_targets if target.is_decided_after(self)]
 
     def own_name(self, name: str, target: Target | None) -> str:
         """Return the name by which the module knows a tensor, which may be tied to one elsewhere."""
@@ -133,6 +184,12 @@ class Targets:
                     last[home + name[len(one) :]] = name
         return last
 
+    def decide(self, stored: Collection[str]) -> None:
+        """Choose the deciders; see `Target`."""
+        for target in self.special.values():
+            if any(site.subtree >= 0 for site in target.sites):
+                target.decider = next((site for site in reversed(target.sites) if site.name in stored), None)
+
     def first_name(self, name: str) -> str:
         """Return the first name of a tensor that may have several."""
         target = self.special.get(self.index_of[name])
@@ -166,12 +223,13 @@ def find_targets(model: nn.Module) -> Targets:  # noqa: C901, PLR0912 (one loop,
             ):
                 home = in_subtrees.get(id(module))
                 if home is None:
-                    subtree = Subtree(prefix[:-1], module)
+                    subtree = Subtree(len(found.subtrees), prefix[:-1], module)
                     found.subtrees.append(subtree)
                 else:
                     found.again[prefix] = home
         if subtree is not None:
             in_subtrees.setdefault(id(module), prefix)
+            subtree.look_at(module)
         first = len(tensors)
         for key, tensor in state["_parameters"].items():
             if tensor is not None:
@@ -229,17 +287,22 @@ def _look_closer(found: Targets, owners: Sequence[nn.Module], inside: Mapping[in
             continue
         target = found.special.get(first)
         if target is None:
-            target = Target(tensor, tensor.is_meta, first, (_site(first_name, owners[first]),), inside.get(first))
+            target = Target(tensor, tensor.is_meta, first, (_site(first_name, owners[first], inside.get(first)),))
             found.special[first] = target
         if first == index and subtree is not None:
             subtree.targets.append(target)
         elif first != index:
             found.index_of[name] = first
-            target.sites = (*target.sites, _site(name, owners[index]))
-            if subtree is not None and target.subtree is not subtree:
+            site = _site(name, owners[index], subtree)
+            if subtree is None:  # a module that loads itself is described where it is first, if it is there again
+                same = next((one for one in target.sites if one.module is site.module and one.key == site.key), site)
+                site = msgspec.structs.replace(site, subtree=same.subtree)
+            target.sites = (*target.sites, site)
+            if subtree is not None and all(one.subtree != subtree.rank for one in target.sites[:-1]):
                 subtree.tied.append(target)
     found.materialised = [name for name in found.materialised if found.first_name(name) == name]
 
 
-def _site(name: str, module: nn.Module) -> Site:
-    return Site(name, module, name.rpartition(".")[2])  # torch lets no key have a dot
+def _site(name: str, module: nn.Module, subtree: Subtree | None) -> Site:
+    rank = -1 if subtree is None else subtree.rank
+    return Site(name, module, name.rpartition(".")[2], rank)  # torch lets no key have a dot

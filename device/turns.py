@@ -87,7 +87,8 @@ def find_turns(placement: Placement) -> Turns | None:
 
     For a placement that is not atomic: there everything is placed at the end.
     """
-    candidates = [subtree for subtree in placement.subtrees if _may_come_alone(subtree)]
+    compared = {place.name for pair in (*placement.doubles, *placement.twins) for place in pair}
+    candidates = [subtree for subtree in placement.subtrees if _may_come_alone(subtree, compared)]
     singles = (*placement.strided, *placement.sharded)
     tied = _tied(placement)
     if len(candidates) + len(singles) + len(tied) < 2:
@@ -112,18 +113,21 @@ def _tied(placement: Placement) -> list[list[tuple[Place, Place]]]:
     """Return what is to be compared, tensor by tensor, where the first name's is in the model as soon as it is there."""
     tied: dict[str, list[tuple[Place, Place]]] = {}
     later = {place.name for place in (*placement.strided, *placement.sharded, *placement.shared)}
+    later |= _inside(placement)
     for first, second in placement.doubles:
         if first.name not in later:
             tied.setdefault(first.name, []).append((first, second))
     return list(tied.values())
 
 
-def _may_come_alone(subtree: Subtree) -> bool:
+def _may_come_alone(subtree: Subtree, compared: Collection[str]) -> bool:
     """Tell whether a module may have something to let go, and no tensor that others load, or that is of a kind of its own.
 
     On meta it has if hooks slice or join what it is given, or make something else of it.
     """
     if subtree.tied or not any(place.num_bytes for place in subtree.places):
+        return False
+    if any(place.name in compared for place in subtree.places):
         return False
     if subtree.keeps_shapes and not any(map(beside_bytes, subtree.places)):
         return False
@@ -134,17 +138,22 @@ def _entangled(placement: Placement) -> set[int]:
     """Return the identities of modules that load themselves and have tensors in memory that others have too."""
     tensors: list[torch.Tensor] = []
     owners: list[Subtree | None] = []
+    inside = _inside(placement)
     for subtree in placement.subtrees:
         own = [target.tensor for target in subtree.targets if _is_in_memory(target.tensor)]
         tensors += own
         owners += [subtree] * len(own)
     for place in placement.places:
-        outside = place.target is None or place.target.subtree is None
-        if outside and place.tensor is not None and _is_in_memory(place.tensor):
+        if place.name not in inside and place.tensor is not None and _is_in_memory(place.tensor):
             tensors.append(place.tensor)
             owners.append(None)
     found = find_sharing(tensors, list(map(length_in_memory, tensors)))
     return {id(owners[index]) for index in found}
+
+
+def _inside(placement: Placement) -> set[str]:
+    """Return the names of what modules that load themselves are given."""
+    return {place.name for subtree in placement.subtrees for place in subtree.places}
 
 
 def _is_in_memory(tensor: torch.Tensor) -> bool:

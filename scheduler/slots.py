@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from weightstream.device.layout import padded
+from weightstream.prefetch.header import TensorSpec
 from weightstream.prefetch.memory import PAGE_BYTES
 from weightstream.scheduler.plan import LoadPlan
 from weightstream.scheduler.strategy import ChosenStrategy
@@ -18,18 +19,45 @@ __all__ = ["DIRECT_SLOTS", "OwnSlots", "chunk_bytes", "slots_of_own"]
 DIRECT_SLOTS = 16
 
 
-class Sized(Protocol):
-    """Something with a number of bytes: a tensor of a checkpoint."""
-
-    @property
-    def num_bytes(self) -> int: ...
+#: With `preload` chunks are made no smaller than this: a read of what is not in the page cache is that long to begin with.
+_LEAST_CHUNK_BYTES = 4 * 2**20
 
 
-def chunk_bytes(chunk: int, tensors: Iterable[Sized], strategy: ChosenStrategy) -> int:
-    """Return how large chunks may be: as configured, and with `direct` no larger than the largest tensor."""
-    if strategy != "direct":
-        return chunk
-    return min(chunk, _whole_pages(max((padded(tensor.num_bytes) for tensor in tensors), default=1)))
+def chunk_bytes(chunk: int, specs: Sequence[TensorSpec], strategy: ChosenStrategy) -> int:
+    """Return how large chunks may be: as configured, or less.
+
+    With `direct` no larger than the largest tensor; with `preload` so that slots for all of them at once take least: where
+    tensors do not lie next to each other, as in files of torch.save, each ends a chunk, and its slot is not full.
+
+    Args:
+        chunk: as configured.
+        specs: what is wanted, sorted by shard and by `begin`.
+        strategy: how it is loaded.
+    """
+    if strategy == "direct":
+        return min(chunk, _whole_pages(max((padded(spec.num_bytes) for spec in specs), default=1)))
+    if strategy == "preload":
+        runs, size = _runs(specs), _whole_pages(chunk // 2)
+        while size >= _LEAST_CHUNK_BYTES and _slots_bytes(runs, size) < _slots_bytes(runs, chunk):
+            chunk, size = size, _whole_pages(size // 2)
+    return chunk
+
+
+def _runs(specs: Sequence[TensorSpec]) -> list[int]:
+    """Return how long the stretches are that tensors fill which lie next to each other."""
+    runs: list[int] = []
+    last = None
+    for spec in specs:
+        if last is not None and (last.shard, last.end) == (spec.shard, spec.begin):
+            runs[-1] += padded(spec.num_bytes)
+        else:
+            runs.append(padded(spec.num_bytes))
+        last = spec
+    return runs
+
+
+def _slots_bytes(runs: list[int], size: int) -> int:
+    return sum(-(-run // size) for run in runs) * min(size, max(runs, default=0))
 
 
 @dataclass(frozen=True, slots=True)

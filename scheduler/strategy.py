@@ -39,7 +39,8 @@ class Situation:
         new_bytes: of the storage that the loader makes for them, on the device.
         in_place: whether some of them go into storage that the model has.
         can_stay: whether they can be views of the mapped files: on the CPU, for parameters on meta, without a cast.
-        staged_bytes: how much of them goes through slots; `preload_bytes`: what slots for all of that at once take.
+        staged_bytes: how much of them goes through slots with `stream`, the page cache provided; `preload_bytes`: what slots
+            take for all at once that does with `preload`.
         host_memory_bytes: what `prefetch.host_memory` allows, `left_bytes` of which nobody has taken.
         beside_bytes: what of that tensors take which are held until the end beside parameters with storage; `spared_bytes`:
             how much less `direct` holds of them, which takes them in turns.

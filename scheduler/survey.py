@@ -92,21 +92,25 @@ def survey(
     memory is free.
     """
     prefetch = engine.config.prefetch
-    num_bytes = staged_bytes = filled_bytes = cast_bytes = 0
+    num_bytes = staged_bytes = landing_bytes = filled_bytes = cast_bytes = 0
     new_bytes = [0] * len(backends)
     for place in places:
         size = place.num_bytes
         num_bytes += size
+        if place.is_cast:
+            cast_bytes += size
         if place.mode == "fill":
             filled_bytes += size
         else:
-            if place.is_cast:
-                cast_bytes += size
             new_bytes[place.device] += (
                 size // place.stored_dtype.itemsize * place.dtype.itemsize if place.is_cast else size
             )
-        if delivers or not backends[place.device].lands or place.mode == "fill" or place.is_cast:
+        if delivers or not backends[place.device].lands or place.is_cast:
             staged_bytes += size
+        elif place.mode == "fill":
+            landing_bytes += size
+    if cast_bytes:  # chunks that hold such tensors too go through slots
+        staged_bytes, landing_bytes = staged_bytes + landing_bytes, 0
     is_host = all(one.lands for one in backends)
     free_bytes = [engine.staging.free_device_bytes(one) for one in backends]
     left_bytes = {at: free - new_bytes[at] for at, free in enumerate(free_bytes) if free is not None}
@@ -125,7 +129,7 @@ def survey(
         in_place=filled_bytes > 0,
         can_stay=can_stay,
         staged_bytes=staged_bytes,
-        preload_bytes=staged_bytes,
+        preload_bytes=staged_bytes + landing_bytes,
         host_memory_bytes=engine.staging.budget.limit_bytes,
         left_bytes=engine.staging.budget.left_bytes,
         beside_bytes=0,

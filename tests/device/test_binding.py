@@ -400,7 +400,7 @@ async def test_tied_names_of_a_module_that_loads_itself_may_not_differ_in_size(
 ) -> None:
     model = nn.Sequential(nn.Linear(3, 3, bias=False, device=where), nn.Linear(3, 3, bias=False, device=where))
     model[1].weight = model[0].weight
-    cast("Any", model[0]).register_load_state_dict_pre_hook(lambda *_: None)
+    cast("Any", model).register_load_state_dict_pre_hook(lambda *_: None)
     tensors = random_tensors({"0.weight": (3, 3), "1.weight": (18,)})
     with pytest.raises(PlacementError, match=r"ties this tensor to \d\.weight, but the checkpoint has other values"):
         await load(rig, tmp_path, model, tensors)

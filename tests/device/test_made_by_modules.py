@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from torch import nn
 
 from tests.builders import write_checkpoint
 from weightstream import LoaderConfig, load_sync
-from weightstream.errors import PlacementError
+from weightstream.errors import PlacementError, WeightstreamError
 
 
 @pytest.mark.parametrize("commit", ["progressive", "atomic"])
@@ -128,3 +131,48 @@ def test_names_of_a_module_that_a_map_leaves_on_meta_are_not_unexpected(
     assert set(report.unloaded_keys) == {"1.weight", "1.bias"}
     assert report.unexpected_keys == ()
     assert torch.equal(model.get_parameter("0.weight"), stored["0.weight"])
+
+
+def fails_in_mid_load() -> nn.Module:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("half-way")
+
+    module = nn.Linear(3, 3)
+    register: Callable[..., object] = module.register_load_state_dict_post_hook
+    register(fail)
+    return module
+
+
+@pytest.mark.parametrize("commit", ["progressive", "atomic"])
+@pytest.mark.parametrize("strategy", ["stream", "direct"])
+@pytest.mark.parametrize("where", ["meta", "cpu"])
+@pytest.mark.parametrize(
+    ("make", "left_out"),
+    [
+        (lambda: nn.Linear(3, 3), ""),
+        (lambda: nn.BatchNorm1d(3), ""),
+        (lambda: with_an_old_name(3, 3), ""),
+        (lambda: WithExtraState(3, 3), ""),
+        (lambda: nn.LSTM(3, 3), ""),
+        (fails_in_mid_load, ""),
+        (lambda: nn.BatchNorm1d(3), "2.bias"),
+    ],
+    ids=["plain", "batch norm", "hook", "extra state", "lstm", "fails in mid-load", "fails in the preflight"],
+)
+def test_model_goes_with_its_last_reference(
+    tmp_path: Path, make: Callable[[], nn.Module], left_out: str, where: str, strategy: str, commit: str
+) -> None:
+    """Nothing that a load has known keeps the modules or their tensors."""
+    with torch.device(where):
+        model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4), make(), make())
+        model[1].weight = model[0].weight
+    stored = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in model.state_dict().items()}
+    path = write_checkpoint(tmp_path / "c", {name: tensor for name, tensor in stored.items() if name != left_out})
+    fails = bool(left_out) or make is fails_in_mid_load
+    config = LoaderConfig.model_validate({"strategy": strategy, "device": {"target": "cpu", "commit": commit}})
+    with pytest.raises(WeightstreamError) if fails else contextlib.nullcontext():
+        load_sync(model, path, config=config)
+    references = [weakref.ref(one) for one in (*model.modules(), *model.parameters())]
+    del model
+    gc.collect()
+    assert not any(reference() is not None for reference in references)

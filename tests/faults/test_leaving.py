@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 from tests.builders import SINGLE, write_sparse
 from tests.faults.leaving import EXPECTED
+
+_ASYNCIOS_OWN = re.compile(r"coroutine 'BaseEventLoop\.shutdown_\w+' was never awaited")
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -25,7 +28,9 @@ def test_process_that_ends_in_mid_load_ends_well(tmp_path: Path, count: int, dev
     for how, ends in found.items():
         expected, has_traceback = EXPECTED[how]
         assert len(ends) == count
-        for code, written in ends:
+        for code, everything in ends:
+            # A second signal may come before asyncio.run has begun to await what it ends the loop with.
+            written = _ASYNCIOS_OWN.sub("", everything) if "twice" in how else everything
             assert code == expected, (how, code, written)
             if "twice" not in how:  # the second one may come while it is printed
                 assert ("Traceback" in written) == has_traceback, (how, written)

@@ -337,6 +337,26 @@ def test_what_was_tied_is_tied_afterwards(
     assert_holds(model, tensors, dict.fromkeys(tensors, dtype) if dtype else None)
 
 
+@pytest.mark.parametrize("kept", ["first", "last"])
+@pytest.mark.parametrize("lacks", [None, "first.weight", "last.weight"])
+def test_what_is_tied_stays_in_float32_if_one_of_its_modules_does(
+    tmp_path: Path, load: Load, lacks: str | None, kept: str
+) -> None:
+    with torch.device("meta"):
+        model = Tied()
+    tensors = tensors_of(Tied())
+    tensors["last.weight"] = tensors["first.weight"].clone()
+    path = one_bin(tmp_path, {name: tensor for name, tensor in tensors.items() if name != lacks})
+    if load.__qualname__ == "theirs" and (lacks is None or lacks.startswith(kept)):
+        pytest.skip("accelerate goes by the names that are in the checkpoint, one by one")
+    load(model, path, device_map=CPU, dtype=torch.float16, keep_in_fp32_modules=[kept])
+    assert model.last.weight is model.first.weight
+    if load.__qualname__ == "theirs":  # which may have rounded it before
+        assert model.last.weight.dtype is torch.float32
+    else:
+        assert_same(model.last.weight, tensors["last.weight"])
+
+
 @pytest.mark.parametrize("save", [one_bin, shards_of_safetensors], ids=lambda save: save.__name__)
 @pytest.mark.parametrize("make", [Net, empty], ids=["materialised", "empty"])
 def test_load_and_dispatch_computes_the_same(

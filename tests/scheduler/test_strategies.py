@@ -300,6 +300,22 @@ async def test_preload_makes_no_slot_that_nothing_passes_through(
     assert sum(made) == num_slots
 
 
+async def test_preload_takes_little_more_than_it_holds_where_tensors_lie_apart(
+    make_rig: MakeRig, tmp_path: Path
+) -> None:
+    """In files of torch.save each tensor is a chunk of its own, at least, and slots are as large as the largest chunk."""
+    tensors = {"large": torch.rand(6 * 2**20)} | {
+        f"t{i}": torch.rand(2**20) for i in range(6)
+    }  # 24 MiB, and 6 of 4 MiB
+    torch.save(tensors, tmp_path / "model.bin")
+    rig = make_rig("fake")
+    model = model_for(tensors, "meta")
+    async with rig.loader(strategy="preload", chunk=16 * 2**20, host_memory=13 * (4 * 2**20 + 64 * KIB)) as loader:
+        report = await loader.load(model, tmp_path / "model.bin")
+    assert_loaded(model, tensors)
+    assert report.host_peak_bytes <= 13 * (4 * 2**20 + 64 * KIB)
+
+
 async def test_preload_for_a_consumer_needs_room_for_everything(
     make_rig: MakeRig, tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:

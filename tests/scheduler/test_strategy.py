@@ -64,8 +64,9 @@ CPU = dataclasses.replace(
     free_device_bytes=None,
     resident_share=0.0,
 )
-#: Weights that are there already: they are copied through slots.
+#: Weights that are there already: they are copied through slots, but for those on the CPU that are not cast.
 FILL = {"in_place": True, "can_stay": False, "new_bytes": 0, "staged_bytes": 16 * GIB, "preload_bytes": 16 * GIB}
+LAND = FILL | {"staged_bytes": 0}
 ROOMY = {"host_memory_bytes": 20 * GIB, "left_bytes": 20 * GIB}
 
 
@@ -128,18 +129,19 @@ ROWS = [
     Row("CPU, model on meta, files in memory (tmpfs)", "map", cpu(file_system=TMPFS, resident_share=None)),
     Row("CPU, model on meta, network file system", "stream", cpu(file_system=NFS, resident_share=None)),
     Row(
-        "CPU, parameters that have storage or are cast, files in the page cache",
+        "CPU, parameters that have storage, whatever is free, files in the page cache",
         "stream",
-        cpu(**FILL, resident_share=0.98),
+        cpu(**LAND, free_host_bytes=31 * MIB),
     ),
+    Row("CPU, parameters that are cast, files in the page cache", "stream", cpu(**FILL)),
     Row("the same, no free memory for two chunks", "direct", cpu(**FILL, free_host_bytes=31 * MIB)),
     Row(
         "CPU, parameters that have storage, 2 GiB of them of modules that load themselves",
         "direct",
-        cpu(**FILL | {"staged_bytes": 14 * GIB}, beside_bytes=2 * GIB, spared_bytes=2 * GIB - 64 * MIB),
+        cpu(**LAND, beside_bytes=2 * GIB, spared_bytes=2 * GIB - 64 * MIB),
     ),
     Row(
-        "the same, but they are of one module, and 20 MiB less than `host_memory`",
+        "the same, but they are of one module, are cast, and 20 MiB less than `host_memory`",
         "direct",
         cpu(**FILL | {"staged_bytes": 15 * GIB}, beside_bytes=GIB - 20 * MIB),
     ),
@@ -151,7 +153,7 @@ ROWS = [
     Row(
         "CPU, parameters in use, network file system, `host_memory` allows for all",
         "preload",
-        cpu(**FILL, **ROOMY, file_system=NFS, resident_share=None),
+        cpu(**LAND, **ROOMY, file_system=NFS, resident_share=None),
     ),
 ]
 

@@ -110,11 +110,11 @@ def _only_index(path: Path) -> Path:
     return indexes[0] if len(indexes) == 1 else path
 
 
-Casts = Callable[[str, torch.dtype], torch.dtype]
+Casts = Callable[[list[str], torch.dtype], torch.dtype]
 
 
 def _casts(asked: str | torch.dtype | None, kept: list[str]) -> Casts:
-    """Return what makes the dtype that a tensor is to have out of its name and of the one that it has."""
+    """Return what makes the dtype that a tensor is to have out of its names and of the one that it has."""
     if asked is None:
         return lambda _, declared: declared
     dtype = getattr(torch, str(asked).removeprefix("torch."), None)
@@ -125,10 +125,10 @@ def _casts(asked: str | torch.dtype | None, kept: list[str]) -> Casts:
             actual=str(asked),
         )
 
-    def wanted(name: str, declared: torch.dtype) -> torch.dtype:
+    def wanted(names: list[str], declared: torch.dtype) -> torch.dtype:
         if declared not in CASTABLE:
             return declared
-        is_kept = dtype is torch.float16 and any(key == name or f"{key}." in name for key in kept)
+        is_kept = dtype is torch.float16 and any(key == name or f"{key}." in name for key in kept for name in names)
         return torch.float32 if is_kept else dtype
 
     return wanted
@@ -188,7 +188,9 @@ def _put_aside(
         tensor = found.tensors[position]
         if name != found.first_name(name) or not _is_plain(tensor):  # a tie, or what is refused by name later
             continue
-        index, dtype = devices.index_of(name), casts(name, tensor.dtype)
+        special = found.special.get(position)
+        names = [name] if special is None else special.names
+        index, dtype = devices.index_of(name), casts(names, tensor.dtype)
         device = torch.device("meta") if index is None else devices.devices[index]
         if dtype is tensor.dtype and (tensor.is_meta or tensor.device == device):
             continue
