@@ -171,7 +171,7 @@ class Placement:
 
     def _saved_bytes(self, tree: Subtree, devices: Collection[int]) -> int:
         """Return how much is copied while a module loads itself, because what it does to it does not count."""
-        if not tree.runs_own_code:
+        if not tree.runs_foreign_code:
             return 0
         found = [self.places[target.filled_by] for target in tree.overruled]
         return sum(place.held_bytes for place in found if place.device in devices)
@@ -184,7 +184,7 @@ class Placement:
     @property
     def hooks_may_change_more(self) -> bool:
         """Whether all tensors are to change at once, and modules have hooks of which nobody knows what else they do."""
-        return self._is_atomic and any(self.wants(tree) and tree.runs_own_code for tree in self.subtrees)
+        return self._is_atomic and any(self.wants(tree) and tree.runs_foreign_code for tree in self.subtrees)
 
     def note_keys(self, missing: Iterable[str], unexpected: Iterable[str], *, says: str | None = None) -> None:
         """Note names on one side alone, except for those that nobody asked for or that are to be ignored.

@@ -16,32 +16,36 @@ from weightstream.errors import PlacementError
 if TYPE_CHECKING:  # it asks this module which they are
     from weightstream.device.targets import Site, Subtree, Target
 
-__all__ = ["Keys", "OwnCode", "described", "load_subtree", "made_dtype", "overrides_loading", "own_code", "own_hooks"]
-
-
-def overrides_loading(kind: type[nn.Module]) -> bool:
-    """Tell whether modules of a class load themselves, whatever hooks a single one of them may have besides."""
-    return _loading_home(kind) != nn.Module.__module__ or kind.set_extra_state is not nn.Module.set_extra_state
+__all__ = ["Keys", "OwnCode", "described", "load_subtree", "made_dtype", "own_code", "own_hooks"]
 
 
 class OwnCode(NamedTuple):
-    """What code that is not torch's own runs when a module loads: whether it may reshape tensors, and whether there is any."""
+    """Which code of its own runs when a module loads.
 
+    Attributes:
+        overrides: it loads itself, whatever hooks a single one may have besides.
+        reshapes: it may take tensors of any shape, so that shapes cannot be checked beforehand.
+        is_foreign: there is some that is not torch's, and may change whatever it likes.
+    """
+
+    overrides: bool
     reshapes: bool
-    runs: bool
+    is_foreign: bool
 
 
 def own_code(kind: type[nn.Module]) -> OwnCode:
     """Return what a class brings. torch's own modules take tensors as they are (BatchNorm looks at old versions of itself)."""
-    reshapes = not _loading_home(kind).startswith("torch.nn.")
-    return OwnCode(reshapes, reshapes or not getattr(kind.set_extra_state, "__module__", "").startswith("torch.nn."))
+    home, has_state = _loading_home(kind), kind.set_extra_state is not nn.Module.set_extra_state
+    reshapes = not home.startswith("torch.nn.")
+    return OwnCode(home != nn.Module.__module__ or has_state, reshapes, reshapes or has_state)
 
 
 def own_hooks(module: nn.Module) -> OwnCode:
     """Return what a single module brings. Hooks before loading may reshape anything; those after it may do all else."""
     state = vars(module)
     reshapes = bool(state["_load_state_dict_pre_hooks"]) or "_load_from_state_dict" in state
-    return OwnCode(reshapes, reshapes or bool(state["_load_state_dict_post_hooks"]))
+    has_hooks = reshapes or bool(state["_load_state_dict_post_hooks"])
+    return OwnCode(has_hooks, reshapes, has_hooks)
 
 
 class Keys(NamedTuple):
@@ -78,10 +82,13 @@ def _load_module(module: nn.Module, state: dict[str, object], prefix: str, loadi
     load(state, prefix, metadata, True, keys.missing_keys, keys.unexpected_keys, loading.errors)
     for site, target in loading.tied.get(id(module), ()):
         _tie_again(site, target)
+    below: dict[str, dict[str, object]] = {}  # in one pass, because children may be many
+    for key, value in state.items():
+        if key.startswith(prefix):
+            below.setdefault(key[len(prefix) :].partition(".")[0], {})[key] = value
     for name, child in module._modules.items():
         if child is not None:
-            below = {key: value for key, value in state.items() if key.startswith(f"{prefix}{name}.")}
-            _load_module(child, below, f"{prefix}{name}.", loading)
+            _load_module(child, below.get(name, {}), f"{prefix}{name}.", loading)
     hooks = cast("dict[int, Callable[[nn.Module, Keys], object]]", vars(module)["_load_state_dict_post_hooks"])
     for hook in hooks.values():
         if hook(module, keys) is not None:
@@ -116,7 +123,7 @@ def load_subtree(
     saved = [
         (target.tensor, target.tensor.detach().clone())
         for target in subtree.all_targets
-        if subtree.runs_own_code and id(target) in overruled and not target.tensor.is_meta
+        if subtree.runs_foreign_code and id(target) in overruled and not target.tensor.is_meta
     ]
     assign = any(target.tensor.is_meta for target in subtree.all_targets)
     loading = _Loading(Keys([], []), [], versions, assign, {})

@@ -14,7 +14,7 @@ import msgspec
 import torch
 from torch import nn
 
-from weightstream.device.selfloading import overrides_loading, own_code, own_hooks
+from weightstream.device.selfloading import OwnCode, own_code, own_hooks
 
 if TYPE_CHECKING:
     from weightstream.device.placement import Place
@@ -89,7 +89,7 @@ class Subtree:
     Attributes:
         rank: which of the model's it is, in order of registration.
         keeps_shapes: whether it takes every tensor in the model's own shape.
-        runs_own_code: whether code that is not torch's own runs when it loads, and may change anything.
+        runs_foreign_code: whether code that is not torch's own runs when it loads, and may change anything.
         targets: its tensors, except for those that were found elsewhere first.
         tied: those.
         places: what it is given.
@@ -103,23 +103,18 @@ class Subtree:
         self.prefix = f"{name}." if name else ""
         self.module = module
         self.keeps_shapes = True
-        self.runs_own_code = False
+        self.runs_foreign_code = False
         self.targets: list[Target] = []
         self.tied: list[Target] = []
         self.places: list[Place] = []
         self.extras: dict[str, object] = {}
         self.stand_ins: dict[str, str] = {}
-        self._kinds: set[type[nn.Module]] = set()
 
-    def look_at(self, module: nn.Module) -> None:
+    def look_at(self, *found: OwnCode) -> None:
         """Take note of what is special about a module, which is this one or one below."""
-        found = [own_hooks(module)]
-        if type(module) not in self._kinds:
-            self._kinds.add(type(module))
-            found.append(own_code(type(module)))
-        for reshapes, runs in found:
-            self.keeps_shapes = self.keeps_shapes and not reshapes
-            self.runs_own_code = self.runs_own_code or runs
+        for code in found:
+            self.keeps_shapes = self.keeps_shapes and not code.reshapes
+            self.runs_foreign_code = self.runs_foreign_code or code.is_foreign
 
     @property
     def all_targets(self) -> list[Target]:
@@ -203,33 +198,28 @@ def find_targets(model: nn.Module) -> Targets:  # noqa: C901, PLR0912 (one loop,
     add_prefix, add_tensor, add_owner = found.prefixes.append, tensors.append, owners.append
     inside: dict[int, Subtree] = {}  # by the indices of tensors
     in_subtrees: dict[int, str] = {}  # modules that subtrees load, which may be registered twice: their first prefixes
-    loads_itself: dict[type[nn.Module], bool] = {}
+    codes: dict[type[nn.Module], OwnCode] = {}
     stack: list[tuple[str, nn.Module, Subtree | None]] = [("", model, None)]
     pop, push = stack.pop, stack.append
     while stack:
         prefix, module, subtree = pop()
         add_prefix(prefix)
         state = module.__dict__
-        if subtree is None:
-            kind = module.__class__
-            overrides = loads_itself.get(kind)
-            if overrides is None:
-                overrides = loads_itself[kind] = overrides_loading(kind)
-            if (
-                overrides
-                or state["_load_state_dict_pre_hooks"]
-                or state["_load_state_dict_post_hooks"]
-                or "_load_from_state_dict" in state
-            ):
-                home = in_subtrees.get(id(module))
-                if home is None:
-                    subtree = Subtree(len(found.subtrees), prefix[:-1], module)
-                    found.subtrees.append(subtree)
-                else:
-                    found.again[prefix] = home
+        code = codes.get(module.__class__)
+        if code is None:
+            code = codes[module.__class__] = own_code(module.__class__)
+        if (
+            code.overrides
+            or state["_load_state_dict_pre_hooks"]
+            or state["_load_state_dict_post_hooks"]
+            or "_load_from_state_dict" in state
+        ):
+            if subtree is None:
+                subtree = _begin_subtree(found, prefix, module, in_subtrees)
+            if subtree is not None:
+                subtree.look_at(code, own_hooks(module))
         if subtree is not None:
             in_subtrees.setdefault(id(module), prefix)
-            subtree.look_at(module)
         first = len(tensors)
         for key, tensor in state["_parameters"].items():
             if tensor is not None:
@@ -255,6 +245,17 @@ def find_targets(model: nn.Module) -> Targets:  # noqa: C901, PLR0912 (one loop,
     if inside or len(set(map(id, tensors))) < len(tensors):
         _look_closer(found, owners, inside)
     return found
+
+
+def _begin_subtree(found: Targets, prefix: str, module: nn.Module, in_subtrees: Mapping[int, str]) -> Subtree | None:
+    """Note a module that loads itself, and return it, unless it is one that is registered again."""
+    home = in_subtrees.get(id(module))
+    if home is not None:
+        found.again[prefix] = home
+        return None
+    subtree = Subtree(len(found.subtrees), prefix[:-1], module)
+    found.subtrees.append(subtree)
+    return subtree
 
 
 def _persistent_buffers(found: Targets, prefix: str, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
