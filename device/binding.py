@@ -14,10 +14,13 @@ device that breaks can stop.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 
 from weightstream.device.accelerator import foreach_copy
+from weightstream.device.dtypes import are_same_bits
+from weightstream.device.exchange import Original
 from weightstream.device.exchange import exchange as _exchange
 from weightstream.device.placement import Place, Placement, is_adopted, tensor_of
 from weightstream.device.selfloading import Keys, described, load_subtree, made_dtype
@@ -31,9 +34,6 @@ from weightstream.ranks import ranked_logger
 __all__ = ["Binder"]
 
 logger = ranked_logger(__name__)
-
-#: Whole numbers of as many bytes as an element has.
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Binder:
@@ -62,8 +62,7 @@ class Binder:
         self._waiting: list[torch.Tensor] = []
         self._loaded: list[torch.Tensor] = []
         self._ready: list[str] = []
-        #: What to put back: names as in `written`, tensors, and copies of them.
-        self._originals: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        self._originals: list[Original] = []
         self._kept: set[int] = set()
         self._staged: dict[str, torch.Tensor] = {}
         #: What modules that came in turns said, by their identity; looked at in the end, in the order of the model.
@@ -76,7 +75,8 @@ class Binder:
     @property
     def written(self) -> list[str]:
         """Materialised tensors that hold loaded bytes, or some, by now."""
-        return [self._placement.places[index].name for index in sorted(self._stage.touched)] + self._written
+        touched = (self._placement.places[index].name for index in sorted(self._stage.touched))
+        return list(dict.fromkeys((*touched, *self._written)))
 
     def bind(self, places: list[int]) -> list[str]:
         """Place tensors whose bytes are all there; return the names, in the model, that may be used from now on."""
@@ -112,7 +112,7 @@ class Binder:
         if self._sharded:
             whole = [all_places[index] for index in places if all_places[index].name in self._sharded]
             if whole:
-                self._stage.run(lambda: self._write(whole, ready))
+                self._stage.run(partial(self._write, whole, ready))
         return ready
 
     def _in_order(self, view: torch.Tensor) -> torch.Tensor:
@@ -131,11 +131,11 @@ class Binder:
         """
         ready: list[str] = []
         if turn.subtree is None:
-            self._stage.run(lambda: self._place(turn, ready))
+            self._stage.run(partial(self._place, turn, ready))
             self._stage.free(turn.beside)
             return ready
         given = [(index, self._staged[self._placement.places[index].name].data_ptr()) for index in turn.places]
-        self._stage.run(lambda: self._place(turn, ready))
+        self._stage.run(partial(self._place, turn, ready))
         kept = {target.tensor.data_ptr() for target in turn.subtree.targets if target.on_meta}
         self._stage.free(index for index, pointer in given if pointer not in kept)
         return ready
@@ -152,9 +152,10 @@ class Binder:
         ready, self._ready = self._ready, []
         placement = self._placement
         if self._is_atomic:
-            self._stage.run(lambda: self._commit(ready, check))
+            # No closures: frames of what fails keep them, and so would who keeps the error keep the model.
+            self._stage.run(partial(self._commit, ready, check))
         elif placement.doubles or placement.strided or placement.shared or placement.subtrees:
-            self._stage.run(lambda: self._finish_staged(ready, check))
+            self._stage.run(partial(self._finish_staged, ready, check))
         return ready
 
     def rollback(self) -> None:
@@ -224,37 +225,41 @@ class Binder:
         self._exchange(self._waiting, self._loaded)
         self._waiting.clear()
         self._loaded.clear()
-        self._keep((place.name, tensor_of(place)) for place in placement.shared)
+        self._keep((place.names, tensor_of(place)) for place in placement.shared)
         self._write_shared(ready)
         rest = [*placement.strided, *placement.sharded]
         tied = [place for place in rest if place.target is not None and place.target.decider is not None]
-        self._keep(
-            (place.name, tensor_of(place)) for place in tied
-        )  # their modules look at them as they load themselves
+        # Modules look at them as they load themselves.
+        self._keep((place.names, tensor_of(place)) for place in tied)
         self._write(tied, ready)
         self._load_subtrees(ready, check)
         self._write_at_once([place for place in rest if place.name in self._staged], ready)
 
-    def _keep(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        for name, tensor in tensors:
+    def _keep(self, tensors: Iterable[tuple[list[str], torch.Tensor]]) -> None:
+        for names, tensor in tensors:
             if id(tensor) not in self._kept:
                 self._kept.add(id(tensor))
-                self._originals.append((name, tensor, tensor.detach().clone()))
+                self._originals.append(Original.of(names, tensor))
 
     @torch.no_grad()
     def _put_back(self) -> None:
         """Restore tensors with storage that were, or may have been, written to, latest first."""
+        back: set[str] = set()
         while self._originals:
-            name, tensor, original = self._originals[-1]
-            tensor.copy_(original)
-            self._originals.pop()
-            self._written = [one for one in self._written if one != name]
+            original = self._originals.pop()
+            try:
+                original.put_back()
+            except Exception:
+                logger.warning("%s cannot be put back as it was", original.names[0], exc_info=True)
+            else:
+                back.update(original.names)
+        self._written = [name for name in self._written if name not in back]
 
     def _write_shared(self, ready: list[str]) -> None:
         shared = {place.name: self._staged[place.name] for place in self._placement.shared}
         self._write(self._placement.shared, ready)
         for place in self._placement.shared:
-            if not _are_same(tensor_of(place), shared[place.name]):
+            if not are_same_bits(tensor_of(place), shared[place.name]):
                 raise PlacementError(
                     "the model has this tensor in the memory of another one, for which the checkpoint has other values",
                     tensor=place.name,
@@ -315,7 +320,7 @@ class Binder:
     def _compare(self, first: Place, loaded: torch.Tensor, second: torch.Tensor, place: Place) -> None:
         if is_sharded(loaded):
             loaded, second = local_parts(loaded, second)
-        if not _are_same(loaded, second.to(loaded.dtype)):
+        if not are_same_bits(loaded, second.to(loaded.dtype)):
             raise PlacementError(
                 f"the model ties this tensor to {first.name}, but the checkpoint has other values for it",
                 tensor=place.name,
@@ -329,7 +334,7 @@ class Binder:
         whole = {(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in state.values() if not is_sharded(tensor)}
         materialised = [target for target in subtree.all_targets if not target.tensor.is_meta]
         if self._is_atomic:
-            self._keep((target.name, target.tensor) for target in materialised)
+            self._keep((target.names, target.tensor) for target in materialised)
         self._written.extend(target.name for target in materialised)
         keys, made = load_subtree(subtree, state, self._versions)
         for target, contents in made:
@@ -387,14 +392,3 @@ def _split(place: Place, whole: torch.Tensor) -> torch.Tensor:
     if target is not None and is_sharded(target.tensor) and target.tensor.shape == whole.shape:
         return split_like(target.tensor, whole)
     return whole
-
-
-def _are_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Compare bits, without a copy: what is not a number equals itself, and zeros may differ in their sign."""
-    if one.numel() != other.numel():  # nothing has compared shapes where hooks may reshape
-        return False
-    first, second = (tensor.resolve_conj().resolve_neg() for tensor in (one, other))
-    if first.is_complex():
-        first, second = torch.view_as_real(first), torch.view_as_real(second)
-    bits = _BITS[first.itemsize]
-    return torch.equal(first.view(bits), second.reshape(first.shape).view(bits))  # a scalar may be stored as a vector

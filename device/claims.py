@@ -24,6 +24,8 @@ __all__ = ["claim", "num_ended"]
 #: What a load fills, by the identity of each tensor: its name, and the tensor.
 _Claim = dict[int, tuple[str, torch.Tensor]]
 
+_FILLED = "another load has filled this tensor while this one began"
+
 _lock = threading.Lock()
 _claims: list[_Claim] = []
 _num_ended = 0
@@ -61,7 +63,10 @@ def claim(placement: Placement, ended: int) -> Generator[None, None, None]:
         if is_stale:
             for place in placement.places:
                 if place.mode == "adopt" and place.tensor is not None and not place.tensor.is_meta:
-                    raise _refusal(place.name, "another load has filled this tensor while this one began")
+                    raise _refusal(place.name, _FILLED)
+            for target in (target for subtree in placement.subtrees for target in subtree.targets):
+                if target.on_meta and not target.tensor.is_meta:
+                    raise _refusal(target.name, _FILLED)
         yield
     finally:
         with _lock:

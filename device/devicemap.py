@@ -90,6 +90,7 @@ class DeviceMap:
             names = [target.name for target in subtree.targets if target.name in unloaded]
             if names and len(names) == len(subtree.targets):
                 left.append(subtree)
+                found.leave(subtree)
             elif names:
                 raise PlacementError(
                     f"the device map leaves this on meta, but {subtree.name or 'the model'} loads all its tensors itself",

@@ -9,7 +9,10 @@ import torch
 from weightstream.device.config import DeviceConfig
 from weightstream.errors import DtypeMismatchError, UnsupportedFormatError
 
-__all__ = ["CASTABLE", "destination_dtype", "torch_dtype", "torch_shape"]
+__all__ = ["CASTABLE", "are_same_bits", "destination_dtype", "torch_dtype", "torch_shape"]
+
+#: Whole numbers of as many bytes as an element has.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 #: A load casts among these four and nothing else: `load_state_dict` would turn unscaled FP8 into BF16 silently.
 CASTABLE = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -106,3 +109,14 @@ def destination_dtype(
             hint="Call requires_grad_(False) on it before loading",
         )
     return wanted
+
+
+def are_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compare bits, without a copy: what is not a number equals itself, and zeros may differ in their sign."""
+    if one.numel() != other.numel():  # nothing has compared shapes where hooks may reshape
+        return False
+    first, second = (tensor.resolve_conj().resolve_neg() for tensor in (one, other))
+    if first.is_complex():
+        first, second = torch.view_as_real(first), torch.view_as_real(second)
+    bits = _BITS[first.itemsize]
+    return torch.equal(first.view(bits), second.reshape(first.shape).view(bits))  # a scalar may be stored as a vector

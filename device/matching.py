@@ -73,19 +73,19 @@ def match(  # noqa: C901 (one loop over all tensors)
     devices = default if isinstance(default, DeviceMap) else None
     placement = Placement((), stored, config)
     found = find_targets(model)
-    found.decide(stored)
     _check_own_buffers(found, NameRules(config), devices)
     _check_subtrees(found)
     placement.subtrees, placement.prefixes = found.subtrees, found.prefixes
     left = _choose_devices(placement, found, config, default)
+    found.decide(stored)
     index, device = 0, placement.devices[0]
     places, names, find, special = placement.places, placement.names, found.index_of.get, found.special
     add_place, add_name, tensors = places.append, names.append, found.tensors
     as_declared = config.dtype == "model"
     unexpected: list[str] = []
     in_place: list[int] = []
-    last_states = found.last_states({**stored, **(extras or {})}) if found.again else {}
-    stands_for = {last: first for first, last in last_states.items()}
+    last_names = found.last_names({**stored, **(extras or {})}) if found.again else {}
+    stands_for = {last: first for first, last in last_names.items()}
     all_at = list(map(find, stored, repeat(-1)))  # in one go: most of it is waiting for memory
     for (name, spec), at in zip(stored.items(), all_at, strict=True):
         target = special.get(at) if special else None
@@ -96,7 +96,7 @@ def match(  # noqa: C901 (one loop over all tensors)
             index, device = chosen, placement.devices[chosen]
         if at < 0 or (target is not None and target.subtree_of(name) >= 0):
             if (
-                name in last_states or _enclosing(left, name) is not None
+                name in last_names or _enclosing(left, name) is not None
             ):  # another one counts, or it would be the hook's
                 continue
             own_name = stands_for.get(name, name)
@@ -118,7 +118,7 @@ def match(  # noqa: C901 (one loop over all tensors)
         _note_again(placement)
     if in_place:
         _find_shared(placement, in_place)
-    counting = {name: make for name, make in (extras or {}).items() if name not in last_states}
+    counting = {name: make for name, make in (extras or {}).items() if name not in last_names}
     unexpected += _give_extras(placement.subtrees, counting, stands_for, devices)
     placement.note_keys(_missing(placement, found), _without_doubles(unexpected, found, stored, extras or {}))
     return placement

@@ -171,8 +171,6 @@ class Placement:
 
     def _saved_bytes(self, tree: Subtree, devices: Collection[int]) -> int:
         """Return how much is copied while a module loads itself, because what it does to it does not count."""
-        if not tree.runs_foreign_code:
-            return 0
         found = [self.places[target.filled_by] for target in tree.overruled]
         return sum(place.held_bytes for place in found if place.device in devices)
 
@@ -230,7 +228,8 @@ class Placement:
         """Say whether a module that loads itself has anything to load: a part of a model may be all that is wanted."""
         if not self._rules.is_partial or subtree.places or subtree.extras:
             return True
-        return any(self._rules.selects(name) for target in subtree.targets for name in target.names)
+        own = (site for target in subtree.all_targets for site in target.sites if site.subtree == subtree.rank)
+        return any(self._rules.selects(site.name) for site in own)
 
     def _check_keys(self, says: str | None) -> None:
         for keys, kind, side, other, setting in (

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from weightstream.device.dtypes import CASTABLE
+from weightstream.device.exchange import Original
 from weightstream.errors import PlacementError
 
 if TYPE_CHECKING:  # it asks this module which they are
@@ -97,6 +98,15 @@ def _load_module(module: nn.Module, state: dict[str, object], prefix: str, loadi
             )
 
 
+def _tied_sites(subtree: Subtree) -> dict[int, list[tuple[Site, Target]]]:
+    found: dict[int, list[tuple[Site, Target]]] = {}
+    for target in subtree.all_targets:
+        if len(target.sites) > 1:
+            for site in target.sites:
+                found.setdefault(id(site.module), []).append((site, target))
+    return found
+
+
 def _tie_again(site: Site, target: Target) -> None:
     """Register what has replaced a tied tensor in one place in the others, so that hooks see it there too."""
     new = _registered(site)
@@ -119,33 +129,30 @@ def load_subtree(
     Raises:
         PlacementError: its hooks failed, or it gave a parameter that has storage another shape.
     """
-    overruled = {id(target) for target in subtree.overruled}
-    saved = [
-        (target.tensor, target.tensor.detach().clone())
-        for target in subtree.all_targets
-        if subtree.runs_foreign_code and id(target) in overruled and not target.tensor.is_meta
-    ]
+    overruled = subtree.overruled
+    saved = [Original.of(target.names, target.tensor) for target in overruled if not target.tensor.is_meta]
     assign = any(target.tensor.is_meta for target in subtree.all_targets)
-    loading = _Loading(Keys([], []), [], versions, assign, {})
-    for target in subtree.all_targets:
-        if len(target.sites) > 1:
-            for site in target.sites:
-                loading.tied.setdefault(id(site.module), []).append((site, target))
+    loading = _Loading(Keys([], []), [], versions, assign, _tied_sites(subtree))
     try:
         _load_module(subtree.module, {**state, **subtree.extras}, subtree.prefix, loading)
         if loading.errors:
             raise RuntimeError("; ".join(loading.errors))  # noqa: TRY301 (mapped like those that hooks raise)
-    except Exception as exc:
+    except BaseException as exc:
         for target in subtree.all_targets:
             _restore(target)
+        if not isinstance(exc, Exception):
+            raise
         raise PlacementError(
             f"{described(subtree)}, which loads itself, failed: {exc}", tensor=subtree.name or None
         ) from exc
     # All of them first: what is done with their contents may fail, and no parameter of the module's making may stay.
     restored = [(target, _restore(target)) for target in subtree.all_targets]
-    for tensor, contents in saved:
-        tensor.copy_(contents)
-    made = [(target, contents) for target, contents in restored if contents is not None and id(target) not in overruled]
+    for original in saved:
+        original.put_back()
+    not_counting = set(map(id, overruled))
+    made = [
+        (target, contents) for target, contents in restored if contents is not None and id(target) not in not_counting
+    ]
     for target, contents in made:
         if not target.tensor.is_meta and target.tensor.shape != contents.shape:
             raise PlacementError(

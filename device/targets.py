@@ -26,10 +26,14 @@ __all__ = ["Site", "Subtree", "Target", "Targets", "find_targets"]
 # refer to them, but they know these by their ranks alone.
 
 
+_LEFT = -2
+
+
 class Site(msgspec.Struct, frozen=True, gc=False):
     """One place where a tensor is registered: `module._parameters[key]` or `module._buffers[key]`.
 
-    `subtree` is the rank, among modules that load themselves, of the one that this place is in; -1: none.
+    `subtree` is the rank, among modules that load themselves, of the one that this place is in; -1: none; -2: one that is
+    left on meta.
     """
 
     name: str
@@ -72,11 +76,12 @@ class Target(msgspec.Struct, gc=False):
         return all(site.subtree != subtree.rank for site in self.sites[self.sites.index(self.decider) :])
 
     def names_beside(self, subtree: Subtree, missing: Collection[str]) -> list[str]:
-        """Return the names that are in no module that loads itself, if this is the first that has the tensor, and misses it."""
+        """Return the names that no module that loads itself asks for, if this is the first that has the tensor, and misses it."""
         asked = [site for site in self.sites if site.subtree >= 0]
         if asked[0].subtree != subtree.rank or asked[0].name not in missing:
             return []
-        return [site.name for site in self.sites if site.subtree < 0]
+        again = (site for site in asked if site.subtree == subtree.rank and not site.name.startswith(subtree.prefix))
+        return [site.name for site in (*(site for site in self.sites if site.subtree < 0), *again)]
 
     def is_filled_by(self, name: str) -> bool:
         """Tell whether the tensor that the checkpoint has under this name is the one that fills it."""
@@ -166,16 +171,16 @@ class Targets:
         """Tell whether a name that is no tensor's is, under the first prefix of its module, among these as well."""
         return any(name.startswith(one) and home + name[len(one) :] in names for one, home in self.again.items())
 
-    def last_states(self, names: Collection[str]) -> dict[str, str]:
-        """Return which extra state counts of modules that have it under several names: the last, by the name of the first.
+    def last_names(self, names: Collection[str]) -> dict[str, str]:
+        """Return which of several names of what a module has besides its tensors counts: the last, by the name of the first.
 
         `load_state_dict` gives a module what is there under each of its names, in the order in which these are registered.
         """
-        states = [name for name in names if name.endswith("_extra_state")] if self.again else []
+        others = [name for name in names if name not in self.index_of] if self.again else []
         last: dict[str, str] = {}
         for one, home in self.again.items():
-            for name in states:
-                if name.startswith(one) and home + name[len(one) :] in names:
+            for name in others:
+                if name.startswith(one):
                     last[home + name[len(one) :]] = name
         return last
 
@@ -183,7 +188,16 @@ class Targets:
         """Choose the deciders; see `Target`."""
         for target in self.special.values():
             if any(site.subtree >= 0 for site in target.sites):
-                target.decider = next((site for site in reversed(target.sites) if site.name in stored), None)
+                found = [site for site in reversed(target.sites) if site.name in stored]
+                target.decider = next((site for site in found if site.subtree != _LEFT), found[0] if found else None)
+
+    def leave(self, subtree: Subtree) -> None:
+        """Note that a module that loads itself does not, because it is left on meta."""
+        for target in subtree.all_targets:
+            target.sites = tuple(
+                msgspec.structs.replace(site, subtree=_LEFT) if site.subtree == subtree.rank else site
+                for site in target.sites
+            )
 
     def first_name(self, name: str) -> str:
         """Return the first name of a tensor that may have several."""
@@ -197,7 +211,7 @@ def find_targets(model: nn.Module) -> Targets:  # noqa: C901, PLR0912 (one loop,
     index_of, tensors, owners = found.index_of, found.tensors, list[nn.Module]()
     add_prefix, add_tensor, add_owner = found.prefixes.append, tensors.append, owners.append
     inside: dict[int, Subtree] = {}  # by the indices of tensors
-    in_subtrees: dict[int, str] = {}  # modules that subtrees load, which may be registered twice: their first prefixes
+    roots: dict[int, Subtree] = {}  # by the identities of modules, which may be registered twice
     codes: dict[type[nn.Module], OwnCode] = {}
     stack: list[tuple[str, nn.Module, Subtree | None]] = [("", model, None)]
     pop, push = stack.pop, stack.append
@@ -215,11 +229,8 @@ def find_targets(model: nn.Module) -> Targets:  # noqa: C901, PLR0912 (one loop,
             or "_load_from_state_dict" in state
         ):
             if subtree is None:
-                subtree = _begin_subtree(found, prefix, module, in_subtrees)
-            if subtree is not None:
-                subtree.look_at(code, own_hooks(module))
-        if subtree is not None:
-            in_subtrees.setdefault(id(module), prefix)
+                subtree = _begin_subtree(found, prefix, module, roots)
+            subtree.look_at(code, own_hooks(module))
         first = len(tensors)
         for key, tensor in state["_parameters"].items():
             if tensor is not None:
@@ -247,13 +258,13 @@ def find_targets(model: nn.Module) -> Targets:  # noqa: C901, PLR0912 (one loop,
     return found
 
 
-def _begin_subtree(found: Targets, prefix: str, module: nn.Module, in_subtrees: Mapping[int, str]) -> Subtree | None:
-    """Note a module that loads itself, and return it, unless it is one that is registered again."""
-    home = in_subtrees.get(id(module))
-    if home is not None:
-        found.again[prefix] = home
-        return None
-    subtree = Subtree(len(found.subtrees), prefix[:-1], module)
+def _begin_subtree(found: Targets, prefix: str, module: nn.Module, roots: dict[int, Subtree]) -> Subtree:
+    """Note a module that loads itself, or that one is registered again; return it."""
+    subtree = roots.get(id(module))
+    if subtree is not None:
+        found.again[prefix] = subtree.prefix
+        return subtree
+    subtree = roots[id(module)] = Subtree(len(found.subtrees), prefix[:-1], module)
     found.subtrees.append(subtree)
     return subtree
 
@@ -294,11 +305,7 @@ def _look_closer(found: Targets, owners: Sequence[nn.Module], inside: Mapping[in
             subtree.targets.append(target)
         elif first != index:
             found.index_of[name] = first
-            site = _site(name, owners[index], subtree)
-            if subtree is None:  # a module that loads itself is described where it is first, if it is there again
-                same = next((one for one in target.sites if one.module is site.module and one.key == site.key), site)
-                site = msgspec.structs.replace(site, subtree=same.subtree)
-            target.sites = (*target.sites, site)
+            target.sites = (*target.sites, _site(name, owners[index], subtree))
             if subtree is not None and all(one.subtree != subtree.rank for one in target.sites[:-1]):
                 subtree.tied.append(target)
     found.materialised = [name for name in found.materialised if found.first_name(name) == name]

@@ -42,7 +42,6 @@ class ConsumerSink:
         self._ready: deque[tuple[str, torch.Tensor, int]] = deque()
         self._waiter: Future[None] | None = None
         self._ended = False
-        self._error: BaseException | None = None
         self._window_bytes = 0
         self._taken_bytes = 0
         #: Finished ahead of one that lies before them, by place: reads overtake each other.
@@ -155,7 +154,7 @@ class ConsumerSink:
     def end(self, error: BaseException | None) -> None:
         self._stage = None
         with self._lock:
-            self._ended, self._error = True, error
+            self._ended = True
             if error is not None or self._is_forgotten:
                 self._drop()
             self._hold(0)
@@ -190,13 +189,14 @@ class ConsumerSink:
         return name, tensor
 
     @property
+    def is_foreign(self) -> bool:
+        """See `Engine.is_foreign`."""
+        return self._engine.is_foreign
+
+    @property
     def ended(self) -> bool:
         """Whether nothing more will come."""
         return self._ended and not self._ready
-
-    @property
-    def error(self) -> BaseException | None:
-        return self._error
 
     def wait(self) -> Future[None]:
         """Return a future that resolves as soon as `next_nowait` or `ended` has something to say."""
@@ -246,10 +246,9 @@ class ConsumerSink:
 
 
 def drain(sink: ConsumerSink) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield from a sink on the calling thread, blocking it, until the load ends.
+    """Yield from a sink on the calling thread, blocking it, until the load ends. How it has ended says its job.
 
     Raises:
-        WeightstreamError: whatever ended the load.
         RuntimeError: the process was forked meanwhile, and this is the child.
     """
     while True:
@@ -257,8 +256,6 @@ def drain(sink: ConsumerSink) -> Iterator[tuple[str, torch.Tensor]]:
         if item is not None:
             yield item
         elif sink.ended:
-            if sink.error is not None:
-                raise sink.error
             return
         else:
             sink.wait().result()

@@ -15,6 +15,7 @@ from typing import TypeVar, cast
 from weightstream.errors import LoadTimeoutError
 from weightstream.ranks import ranked_logger
 from weightstream.scheduler.clock import Clock
+from weightstream.scheduler.exits import FILES_GRACE_S, ended_at_exit
 from weightstream.scheduler.stragglers import Stragglers
 
 __all__ = ["GRACE_S", "Files"]
@@ -164,6 +165,10 @@ class Files:
         return min(limits, default=None)
 
     def _run(self) -> None:
+        with ended_at_exit(self.stop, FILES_GRACE_S):
+            self._serve()
+
+    def _serve(self) -> None:
         while (action := self._next()) is not None:
             try:
                 result, error = action(), None

@@ -260,7 +260,9 @@ class TensorStream:
         self._job = job
         self._sink = sink
         self._is_waited_for = False
-        weakref.finalize(self, _forget, job, sink).atexit = False
+        # What the finaliser refers to stays for as long as this stream. The job knows the load's error, and that the frames
+        # of those who got it, which refer to this stream.
+        weakref.finalize(self, _forget, weakref.ref(job), sink).atexit = False
 
     @property
     def progress(self) -> Progress:
@@ -293,8 +295,7 @@ class TensorStream:
             if item is not None:
                 return item
             if self._sink.ended:
-                if self._sink.error is not None:
-                    raise self._sink.error
+                await settle(self._job.finished)
                 raise StopAsyncIteration
             self._is_waited_for = True
             try:
@@ -321,10 +322,12 @@ class TensorStream:
         await self.aclose()
 
 
-def _forget(job: Job, sink: ConsumerSink) -> None:
-    if not job.is_foreign:  # or the sink's lock may be held by a thread that does not exist here
+def _forget(reference: weakref.ref[Job], sink: ConsumerSink) -> None:
+    if not sink.is_foreign:  # or its lock may be held by a thread that does not exist here
         sink.forget()
-        job.stop()
+        job = reference()  # its thread holds it while it runs
+        if job is not None:
+            job.stop()
 
 
 def events(job: Job) -> Iterator[Progress]:

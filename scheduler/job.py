@@ -214,6 +214,9 @@ class Job:
             if is_out_of_files(exc):  # wherever something of the machine's or of the checkpoint's is looked at
                 error = ReadError(f"cannot open a file: {exc.strerror}", file=exc.filename, hint=files_hint())
                 error.__cause__ = exc
+        except StopIteration as exc:  # no coroutine can be told of it
+            error = RuntimeError("something raised StopIteration")
+            error.__cause__ = exc
         except BaseException as exc:  # noqa: BLE001 (whatever it is belongs to those who wait for the load)
             error = exc
         if isinstance(error, WeightstreamError):
@@ -221,9 +224,12 @@ class Job:
         if error is not None:
             # Its frames refer to the model, and whoever keeps the error keeps them. Not later than here: once others
             # can raise it, it collects frames of theirs, and to clear a coroutine's is to end it.
-            traceback.clear_frames(error.__traceback__)
+            _clear_frames(error)
         del sink
-        self._end(report, error)
+        try:
+            self._end(report, error)
+        finally:
+            del error  # or this frame, which it refers to, would refer to it
 
     def _end(self, report: LoadReport | None, error: BaseException | None) -> None:
         try:
@@ -370,3 +376,15 @@ class Job:
 
     def _count_retry(self) -> None:
         self._num_retries += 1
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Clear the frames of an error, and of those that it came of."""
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        one = todo.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            todo += [one.__cause__, one.__context__]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
 
@@ -210,8 +212,8 @@ class Loader:
         """Start a job that the supervisor ends, whatever interrupts this thread, before the loader ends."""
         jobs = self._jobs
         assert jobs is not None
-        jobs[:] = [other for other in jobs if not other.finished.done()]
         jobs.append(job)
+        job.finished.add_done_callback(functools.partial(_remove, jobs))
         job.start()
 
     async def _begin(self, job: Job) -> LoadHandle:
@@ -255,6 +257,13 @@ class Loader:
             await _close(engine, jobs)
 
 
+def _remove(jobs: list[Job], finished: Future[LoadReport]) -> None:
+    """Let go of a job that has ended: it knows its error, and that the frames of those who got it."""
+    for job in list(jobs):
+        if job.finished is finished:
+            jobs.remove(job)
+
+
 async def _close(engine: Engine, jobs: list[Job]) -> None:
     """End loads, and then the engine, on a thread that no signal interrupts. Errors of loads belong to their handles.
 
@@ -264,9 +273,10 @@ async def _close(engine: Engine, jobs: list[Job]) -> None:
         return
 
     def close() -> None:
-        for job in jobs:  # nobody adds any
+        running = list(jobs)  # nobody adds any
+        for job in running:
             job.stop()
-        for job in jobs:
+        for job in running:
             job.end()
         closed, thread = in_own_thread(engine.close, spawn=engine.clock.spawn)  # and the clock goes on until then
         thread.join()

@@ -12,22 +12,25 @@ from weightstream.prefetch.memory import PAGE_BYTES
 from weightstream.scheduler.plan import LoadPlan
 from weightstream.scheduler.strategy import ChosenStrategy
 
-__all__ = ["DIRECT_SLOTS", "OwnSlots", "chunk_bytes", "slots_of_own"]
+__all__ = ["DIRECT_SLOTS", "OwnSlots", "chunk_bytes", "slots_of_own", "slots_of_stream"]
 
 #: Slots for direct reads of a load that may or may not come to use them. Not measured: eight are read into while eight
 #: are copied from.
 DIRECT_SLOTS = 16
 
 
-#: With `preload` chunks are made no smaller than this: a read of what is not in the page cache is that long to begin with.
-_LEAST_CHUNK_BYTES = 4 * 2**20
+#: With `preload` chunks are made smaller until slots for all of them take no more than this, as often as their bytes do,
+#: and never smaller than that. Not measured.
+_MOST_WASTE = 1.25
+_LEAST_CHUNK_BYTES = 64 * 2**10
 
 
 def chunk_bytes(chunk: int, specs: Sequence[TensorSpec], strategy: ChosenStrategy) -> int:
     """Return how large chunks may be: as configured, or less.
 
-    With `direct` no larger than the largest tensor; with `preload` so that slots for all of them at once take least: where
-    tensors do not lie next to each other, as in files of torch.save, each ends a chunk, and its slot is not full.
+    With `direct` no larger than the largest tensor; with `preload` so that slots for all of them at once take little more
+    than their bytes: where tensors do not lie next to each other, as in files of torch.save, each ends a chunk, and its slot is
+    not full.
 
     Args:
         chunk: as configured.
@@ -37,9 +40,11 @@ def chunk_bytes(chunk: int, specs: Sequence[TensorSpec], strategy: ChosenStrateg
     if strategy == "direct":
         return min(chunk, _whole_pages(max((padded(spec.num_bytes) for spec in specs), default=1)))
     if strategy == "preload":
-        runs, size = _runs(specs), _whole_pages(chunk // 2)
-        while size >= _LEAST_CHUNK_BYTES and _slots_bytes(runs, size) < _slots_bytes(runs, chunk):
-            chunk, size = size, _whole_pages(size // 2)
+        runs, sizes = _runs(specs), [chunk]
+        while sizes[-1] >= 2 * _LEAST_CHUNK_BYTES:
+            sizes.append(_whole_pages(sizes[-1] // 2))
+        enough = (size for size in sizes if _slots_bytes(runs, size) <= _MOST_WASTE * sum(runs))
+        return next(enough, None) or min(sizes, key=lambda size: _slots_bytes(runs, size))
     return chunk
 
 
@@ -58,6 +63,18 @@ def _runs(specs: Sequence[TensorSpec]) -> list[int]:
 
 def _slots_bytes(runs: list[int], size: int) -> int:
     return sum(-(-run // size) for run in runs) * min(size, max(runs, default=0))
+
+
+def slots_of_stream(plan: LoadPlan, io: Literal["auto", "buffered", "direct"]) -> tuple[int, int]:
+    """Return how many slots of the ring a plan needs to overlap anything, and how many it can use at most.
+
+    What goes to parameters that have storage in host memory needs one unless it is in the page cache, which is not known yet.
+    """
+    unmapped = [chunk.transfer for chunk in plan.chunks if not chunk.is_mapped]
+    held = len(unmapped) if io == "direct" else sum(1 for transfer in unmapped if transfer.slot_bytes)
+    passing = sum(1 for transfer in unmapped if transfer.in_place and not transfer.slot_bytes)
+    other = len(unmapped) if io == "auto" else passing
+    return min(2, max(held, passing)), max(held, min(other, DIRECT_SLOTS))
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,9 @@ class Staging:
         if not wished:
             return None
         self.tell_lost(on_fallback)
-        num_slots = self._num_slots(wished, plan, backend, delivers=delivers)
+        num_slots = self._num_slots(wished, plan, backends, delivers=delivers) or min(needed, 1)
+        if not num_slots:
+            return None
         with self._lock:
             limited = self._pinning.is_limit_reached(self.ring, backend)
             segments = [] if limited else self.ring.grow(num_slots, numa_node=backend.numa_node)
@@ -212,12 +214,18 @@ class Staging:
         """Return how much memory an accelerator has left; None for other devices, and where that is unknown."""
         return None if backend.device.type in ("meta", "cpu") else free_bytes(backend.device)
 
-    def _num_slots(self, num_slots: int, plan: LoadPlan, backend: Backend, *, delivers: bool) -> int:
-        if delivers and backend.lands:  # blocks that wait for a consumer need their part of the budget
-            left_bytes = self.budget.left_bytes
+    def _num_slots(self, wished: int, plan: LoadPlan, backends: Sequence[Backend], *, delivers: bool) -> int:
+        """Return how many slots there may be, beside what else comes into host memory."""
+        if delivers:
+            if not backends[0].lands:
+                return wished
+            left_bytes = self.budget.left_bytes  # blocks that wait for a consumer need their part of the budget
             room_bytes = left_bytes - max(left_bytes // 2, *plan.layout.blocks)
-            num_slots = min(num_slots, max(1, room_bytes // self.ring.slot_bytes))
-        return num_slots
+            return min(wished, max(1, room_bytes // self.ring.slot_bytes))
+        landing_bytes = sum(plan.bytes_on(device) for device, one in enumerate(backends) if one.lands)
+        room_bytes = available_bytes() // find_ranks().local_size * _SHARE_OF_AVAILABLE // 8 - landing_bytes
+        found = self.ring.statistics()  # those that there are take no more
+        return min(wished, found.num_slots - found.num_written_off + max(room_bytes, 0) // self.ring.slot_bytes)
 
     def make_room(self, num_bytes: int) -> None:
         """Let go of the ring, if no load uses it, until so much of the budget is left, as far as that is possible."""

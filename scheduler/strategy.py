@@ -45,6 +45,8 @@ class Situation:
         beside_bytes: what of that tensors take which are held until the end beside parameters with storage; `spared_bytes`:
             how much less `direct` holds of them, which takes them in turns.
         held_bytes: how large the ring is that the loader has already. `chunk_bytes`: `prefetch.chunk`.
+        slot_bytes: of the ring. `least_slots`, `num_slots`: how many `stream` needs so that anything overlaps, and how many it
+            can use.
         free_host_bytes: what the machine, or its control group, has left; `num_ranks` processes on it share that.
         free_device_bytes: None: unknown, or the host.
         file_system: what the checkpoint is on.
@@ -65,6 +67,9 @@ class Situation:
     spared_bytes: int
     held_bytes: int
     chunk_bytes: int
+    slot_bytes: int
+    least_slots: int
+    num_slots: int
     free_host_bytes: int
     free_device_bytes: int | None
     num_ranks: int
@@ -79,14 +84,19 @@ class Situation:
 
     @property
     def room_bytes(self) -> int:
-        """What of it is left beside weights that are in host memory."""
-        return self.share_bytes - (self.new_bytes if self.is_host else 0)
+        """What staging may take of it (7/8), beside weights that are in host memory."""
+        return self.share_bytes * 7 // 8 - (self.new_bytes if self.is_host else 0)
+
+    @property
+    def least_ring_bytes(self) -> int:
+        return self.least_slots * self.slot_bytes
 
     @property
     def ring_bytes(self) -> int:
         """What `stream` stages with: less than it may where there is less. A ring that is there already counts as room."""
-        allowed_bytes = max(self.host_memory_bytes - self.beside_bytes, 0)
-        return min(self.staged_bytes, allowed_bytes, max(self.room_bytes, 0) + self.held_bytes)
+        allowed_bytes = min(self.host_memory_bytes, self.left_bytes + self.held_bytes) - self.beside_bytes
+        room_bytes = min(allowed_bytes, max(self.room_bytes, 0) + self.held_bytes)
+        return min(self.num_slots, max(room_bytes, 0) // self.slot_bytes) * self.slot_bytes
 
 
 def decide(situation: Situation) -> Decision:
@@ -96,7 +106,7 @@ def decide(situation: Situation) -> Decision:
 
 
 def _choose(s: Situation) -> tuple[ChosenStrategy, str]:  # noqa: PLR0911 (one line for each row of the table)
-    if s.spared_bytes and s.beside_bytes + min(s.staged_bytes, 2 * s.chunk_bytes) > s.left_bytes + s.held_bytes:
+    if s.spared_bytes and s.beside_bytes + s.least_ring_bytes > s.left_bytes + s.held_bytes:
         return "direct", f"`host_memory` has no room for {_size(s.beside_bytes)} beside the model at once, but in turns"
     can_map = s.can_stay and s.file_system.kind != "network"
     if can_map and s.file_system.kind == "memory":
@@ -105,15 +115,16 @@ def _choose(s: Situation) -> tuple[ChosenStrategy, str]:  # noqa: PLR0911 (one l
         return "map", "the page cache has the files, and parameters can be views of them without a copy"
     if can_map and s.num_bytes > s.share_bytes:
         return "map", "the weights are larger than the free memory, and pages of a mapped file need not all be there"
-    if s.ring_bytes < min(s.staged_bytes, 2 * s.chunk_bytes):
-        return "direct", f"host memory has no room for two chunks of {_size(s.chunk_bytes)}"
+    if s.ring_bytes < s.least_ring_bytes:
+        return "direct", f"host memory has no room for a ring of {_size(s.least_ring_bytes)}"
     if s.free_device_bytes is not None and s.free_device_bytes - s.new_bytes < 2 * s.chunk_bytes:
         return "direct", f"beside the weights the device has no room for two chunks of {_size(s.chunk_bytes)}"
     fits = s.preload_bytes <= min(s.left_bytes - s.beside_bytes, s.room_bytes // 2)
     if s.in_place and s.file_system.kind == "network" and fits:
         return "preload", "parameters that are in use are not written to before every byte has come over the network"
     if not s.staged_bytes:
-        return "stream", "readers bring the bytes to the parameters' own memory"
+        passing = f", or through a ring of at most {_size(s.ring_bytes)}" if s.ring_bytes else ""
+        return "stream", f"readers bring the bytes to the parameters' own memory{passing}"
     return "stream", f"reading and copying overlap, through a ring of at most {_size(s.ring_bytes)}"
 
 

@@ -18,7 +18,7 @@ from weightstream.ranks import find_ranks
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.files import Files
 from weightstream.scheduler.plan import LoadPlan
-from weightstream.scheduler.slots import slots_of_own
+from weightstream.scheduler.slots import slots_of_own, slots_of_stream
 from weightstream.scheduler.strategy import Decision, Situation, decide
 
 __all__ = ["choose", "survey"]
@@ -69,9 +69,15 @@ def choose(  # noqa: PLR0913 (what there is to decide on)
     plan = make(decision)
     if decision.strategy == "preload":  # how many slots that takes says the plan alone
         needed_bytes = slots_of_own(plan, "preload", config.prefetch.io).needed_bytes
-        decision = decide(dataclasses.replace(situation, preload_bytes=needed_bytes))
-        if decision.strategy != "preload" and situation.in_place and situation.is_host:
-            plan = make(decision)  # otherwise that of `stream` is the same
+        situation = dataclasses.replace(situation, preload_bytes=needed_bytes)
+        decision = decide(situation)
+        if decision.strategy != "preload":
+            plan = make(decision)
+    if decision.strategy == "stream":  # and so it does here
+        least, most = slots_of_stream(plan, config.prefetch.io)
+        decision = decide(dataclasses.replace(situation, least_slots=least, num_slots=most))
+        if decision.strategy != "stream":
+            plan = make(decision)
     return decision, plan
 
 
@@ -111,6 +117,7 @@ def survey(
             landing_bytes += size
     if cast_bytes:  # chunks that hold such tensors too go through slots
         staged_bytes, landing_bytes = staged_bytes + landing_bytes, 0
+    num_slots = -(-staged_bytes // prefetch.chunk)
     is_host = all(one.lands for one in backends)
     free_bytes = [engine.staging.free_device_bytes(one) for one in backends]
     left_bytes = {at: free - new_bytes[at] for at, free in enumerate(free_bytes) if free is not None}
@@ -136,6 +143,9 @@ def survey(
         spared_bytes=0,
         held_bytes=engine.staging.ring.statistics().num_bytes,
         chunk_bytes=prefetch.chunk,
+        slot_bytes=engine.staging.ring.slot_bytes,
+        least_slots=min(2, num_slots),
+        num_slots=num_slots,
         free_host_bytes=available_bytes() - (0 if is_host or delivers else on_host_bytes),
         free_device_bytes=free_bytes[fullest],
         num_ranks=find_ranks().local_size,

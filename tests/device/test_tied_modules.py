@@ -235,3 +235,129 @@ async def test_tied_weight_is_put_back_when_a_module_behind_it_fails(rig: Rig, t
     assert caught.value.partly_written == ()
     for name, tensor in model.named_parameters():
         assert (None if tensor.is_meta else bytes_of(tensor)) == before[name], name
+
+
+@pytest.mark.parametrize("hook", [before_loading, after_loading], ids=["pre", "post"])
+@pytest.mark.parametrize("first_too", [False, True], ids=["", "the first too"])
+@pytest.mark.parametrize("names", ["0", "1", "10"])
+@commits
+async def test_module_that_a_map_leaves_on_meta_takes_no_tensor_along(
+    make_rig: Callable[..., Rig],
+    tmp_path: Path,
+    hook: Callable[..., None],
+    first_too: bool,  # noqa: FBT001
+    names: str,
+    commit: str,
+) -> None:
+    """A tied tensor goes to where the map sends its first name."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3), nn.LayerNorm(3))
+    model[1].weight = model[0].weight
+    for module in list(model)[0 if first_too else 1 : 2]:
+        hook(module, lambda *_: None)
+    weight = torch.randn(3, 3)
+    rest = random_tensors({"1.bias": (3,), "2.weight": (3,), "2.bias": (3,)})
+    path = write_in_order(tmp_path / "checkpoint", {f"{name}.weight": weight for name in names} | rest)
+    async with make_rig("host").loader(commit=commit, device_map={"": "cpu", "1": "meta"}) as loader:
+        report = await loader.load(model, path)
+    assert_same(model.get_parameter("0.weight"), weight)
+    assert model[1].weight is model[0].weight
+    assert_same(model.get_parameter("2.weight"), rest["2.weight"])
+    assert (report.missing_keys, report.unexpected_keys) == ((), ())
+    assert report.unloaded_keys == ("1.bias",)
+
+
+def five_times(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+    state.update({key: value * 5 for key, value in state.items() if key.startswith(prefix)})
+
+
+def seven_times(module: nn.Module, _: object) -> None:
+    module.get_parameter("0.weight").data.mul_(7)
+
+
+@pytest.mark.parametrize("parent", [before_loading, after_loading, None], ids=["pre", "post", "child alone"])
+@pytest.mark.parametrize("child", [plain, twice, tripled], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("inside_first", [True, False], ids=["inside first", "outside first"])
+@pytest.mark.parametrize("names", [("inside.0",), ("outside",), ("inside.0", "outside")], ids="+".join)
+@places
+async def test_module_that_is_registered_inside_and_outside_of_one_with_hooks(
+    rig: Rig,
+    tmp_path: Path,
+    parent: Callable[..., None] | None,
+    child: Callable[[], nn.Module],
+    inside_first: bool,  # noqa: FBT001
+    names: tuple[str, ...],
+    where: str,
+) -> None:
+    def make(device: str) -> nn.Module:
+        with torch.device(device):
+            inner = child()
+        inside = nn.Sequential(inner)
+        if parent is before_loading:
+            parent(inside, five_times)
+        elif parent is after_loading:
+            parent(inside, seven_times)
+        parts = {"inside": inside, "outside": inner}
+        return nn.ModuleDict({name: parts[name] for name in sorted(parts, reverse=not inside_first)})
+
+    weight = torch.randn(3, 3)
+    stored = {f"{name}.weight": weight.clone() for name in names}
+    reference, model = make("cpu"), make(where)
+    reference.load_state_dict(dict(stored), strict=False)
+    await load(rig, tmp_path, model, stored)
+    if child is tripled and len(names) == 1:
+        return  # what changes its weight once more each time that it is asked to is asked as often as torch asks
+    for name, tensor in reference.state_dict().items():
+        assert_same(model.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("names", ["a", "b", "ab"])
+@places
+async def test_older_names_may_be_those_under_any_name_of_a_module(
+    rig: Rig, tmp_path: Path, names: str, where: str
+) -> None:
+    def rename(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+        if f"{prefix}kernel" in state:
+            state[f"{prefix}weight"] = state.pop(f"{prefix}kernel")
+
+    with torch.device(where):
+        module = plain()
+    before_loading(module, rename)
+    model = nn.ModuleDict({"a": module, "b": module})
+    weight = torch.randn(3, 3)
+    report = await load(rig, tmp_path, model, {f"{name}.kernel": weight for name in names})
+    assert_same(module.get_parameter("weight"), weight)
+    assert report.missing_keys == report.unexpected_keys == ()
+
+
+async def test_missing_names_of_a_module_with_two_are_both_named(rig: Rig, tmp_path: Path) -> None:
+    norm = nn.BatchNorm1d(3)
+    model = nn.ModuleDict({"a": norm, "b": norm, "c": nn.Linear(3, 3)})
+    stored = {f"c.{name}": tensor for name, tensor in plain_linear().items()}
+    missing = model.load_state_dict(stored, strict=False).missing_keys
+    report = await load(rig, tmp_path, model, stored, strict=False)
+    assert sorted(report.missing_keys) == sorted(missing)
+
+
+@pytest.mark.parametrize("kinds", [(twice, twice), (plain, twice), (twice, plain)])
+@pytest.mark.parametrize(("stored", "wanted"), [("0", "1"), ("1", "0")])
+async def test_part_that_the_checkpoint_has_under_another_name_alone_is_missing(
+    rig: Rig, tmp_path: Path, kinds: tuple[Callable[[], nn.Module], ...], stored: str, wanted: str
+) -> None:
+    model = tied(*kinds, where="meta")
+    with pytest.raises(MissingKeysError):
+        await load(rig, tmp_path, model, {f"{stored}.weight": torch.randn(3, 3)}, include=[rf"^{wanted}\."])
+
+
+async def test_tied_tensor_that_was_put_back_is_not_named_as_written(rig: Rig, tmp_path: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("half-way")
+
+    model = tied(tripled, twice, plain, where="cpu")
+    model[1].weight = nn.Parameter(torch.zeros(3, 3))
+    after_loading(model[1], fail)
+    weight = torch.randn(3, 3)
+    rest = {f"3.{name}": tensor for name, tensor in plain_linear().items()}
+    with pytest.raises(PlacementError, match="half-way") as caught:
+        await load(rig, tmp_path, model, {"1.weight": weight, "2.weight": weight} | rest, commit="atomic")
+    assert caught.value.partly_written == ()

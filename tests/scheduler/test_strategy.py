@@ -21,6 +21,8 @@ from torch import nn
 import weightstream as ws
 from tests.builders import assert_same, write_in_order
 from tests.fakes.rig import KIB, Rig
+from tests.fakes.source import PacedSource
+from weightstream.device.layout import padded
 from weightstream.prefetch.filesystem import FileSystem
 from weightstream.scheduler import staging, survey
 from weightstream.scheduler.strategy import Situation, decide
@@ -47,6 +49,9 @@ ACCELERATOR = Situation(
     spared_bytes=0,
     held_bytes=0,
     chunk_bytes=16 * MIB,
+    slot_bytes=16 * MIB + 8192,
+    least_slots=2,
+    num_slots=1024,
     free_host_bytes=64 * GIB,
     free_device_bytes=70 * GIB,
     num_ranks=1,
@@ -61,12 +66,23 @@ CPU = dataclasses.replace(
     can_stay=True,
     staged_bytes=0,
     preload_bytes=0,
+    least_slots=0,
+    num_slots=16,
     free_device_bytes=None,
     resident_share=0.0,
 )
 #: Weights that are there already: they are copied through slots, but for those on the CPU that are not cast.
-FILL = {"in_place": True, "can_stay": False, "new_bytes": 0, "staged_bytes": 16 * GIB, "preload_bytes": 16 * GIB}
-LAND = FILL | {"staged_bytes": 0}
+FILL = {
+    "in_place": True,
+    "can_stay": False,
+    "new_bytes": 0,
+    "staged_bytes": 16 * GIB,
+    "preload_bytes": 16 * GIB,
+    "least_slots": 2,
+    "num_slots": 1024,
+}
+LAND = FILL | {"staged_bytes": 0, "num_slots": 16}
+CAST = {"can_stay": False, "staged_bytes": 16 * GIB, "least_slots": 2, "num_slots": 1024}
 ROOMY = {"host_memory_bytes": 20 * GIB, "left_bytes": 20 * GIB}
 
 
@@ -128,13 +144,15 @@ ROWS = [
     Row("CPU, model on meta, local files, more weights than a rank's share", "map", cpu(num_ranks=5)),
     Row("CPU, model on meta, files in memory (tmpfs)", "map", cpu(file_system=TMPFS, resident_share=None)),
     Row("CPU, model on meta, network file system", "stream", cpu(file_system=NFS, resident_share=None)),
+    Row("CPU, parameters that have storage", "stream", cpu(**LAND)),
+    Row("CPU, parameters that have storage and are cast", "stream", cpu(**FILL)),
+    Row("the same, no free memory for two chunks", "direct", cpu(**FILL, free_host_bytes=36 * MIB)),
     Row(
-        "CPU, parameters that have storage, whatever is free, files in the page cache",
+        "CPU, model on meta, cast, 0.1 GiB more free than the weights take",
         "stream",
-        cpu(**LAND, free_host_bytes=31 * MIB),
+        cpu(**CAST, free_host_bytes=19 * GIB),
     ),
-    Row("CPU, parameters that are cast, files in the page cache", "stream", cpu(**FILL)),
-    Row("the same, no free memory for two chunks", "direct", cpu(**FILL, free_host_bytes=31 * MIB)),
+    Row("the same, hardly more free", "direct", cpu(**CAST, free_host_bytes=18 * GIB)),
     Row(
         "CPU, parameters that have storage, 2 GiB of them of modules that load themselves",
         "direct",
@@ -184,7 +202,7 @@ def test_rows_are_different_situations() -> None:
 
 def test_reason_has_the_numbers_it_was_decided_on() -> None:
     assert decide(accelerator(num_ranks=2)).reason == (
-        "auto: reading and copying overlap, through a ring of at most 1.07 GB (17.18 GB for cuda:0, on ext4, local;"
+        "auto: reading and copying overlap, through a ring of at most 1.06 GB (17.18 GB for cuda:0, on ext4, local;"
         " 68.72 GB of host memory free for 2 ranks, 75.16 GB free on cuda:0)"
     )
     assert decide(cpu(resident_share=0.98)).reason == (
@@ -326,6 +344,45 @@ async def test_accelerator(
     report = await load(make_rig("fake"), path, tensors, device, **options)
     assert report.strategy == expected
     assert report.reason.startswith("auto: ")
+
+
+@pytest.mark.parametrize("in_use", [0, 4, 8], ids=["meta", "half in use", "in use"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["", "cast"])
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["cold", "warm"])
+@pytest.mark.parametrize("extra", [20 * KIB, 70 * KIB, 150 * KIB, 400 * KIB])
+async def test_host_memory_that_is_free_is_enough_or_the_load_is_refused(
+    make_rig: MakeRig,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    in_use: int,
+    dtype: torch.dtype,
+    share: float,
+    extra: int,
+) -> None:
+    """Slots come on top of what the weights themselves take; and where `direct` can do with what there is, so can `auto`."""
+    tensors = {f"t{i}": torch.rand(10_000) for i in range(8)}
+    path = write_in_order(tmp_path / "c", tensors, num_shards=2)
+    monkeypatch.setattr(PacedSource, "resident_shares", lambda self, wanted: [share] * len(wanted))
+    weights = sum(padded(10_000 * dtype.itemsize) for i in range(in_use, 8))
+    free = weights + extra
+    set_up(monkeypatch, free=free)
+    peaks: dict[str, int | None] = {}
+    for strategy in ("auto", "direct"):
+        model = nn.Module()
+        for i in range(8):
+            model.register_buffer(f"t{i}", torch.zeros(10_000, dtype=dtype, device="cpu" if i < in_use else "meta"))
+        async with make_rig("host").loader(strategy=strategy, chunk=64 * KIB) as loader:
+            try:
+                peaks[strategy] = (await loader.load(model, path)).host_peak_bytes
+            except ws.MemoryBudgetError:
+                peaks[strategy] = None
+            else:
+                assert all(torch.equal(getattr(model, name), tensor.to(dtype)) for name, tensor in tensors.items())
+    peak = peaks["auto"]
+    if peak is None:
+        assert peaks["direct"] is None
+    else:
+        assert peak <= free
 
 
 async def test_several_devices_are_decided_on_with_numbers(
