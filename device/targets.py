@@ -175,13 +175,15 @@ class Targets:
         """Return which of several names of what a module has besides its tensors counts: the last, by the name of the first.
 
         `load_state_dict` gives a module what is there under each of its names, in the order in which these are registered.
+        Extra state may not be there under the last alone.
         """
         others = [name for name in names if name not in self.index_of] if self.again else []
         last: dict[str, str] = {}
         for one, home in self.again.items():
             for name in others:
-                if name.startswith(one):
-                    last[home + name[len(one) :]] = name
+                first = home + name[len(one) :]
+                if name.startswith(one) and (first in names or not name.endswith("_extra_state")):
+                    last[first] = name
         return last
 
     def decide(self, stored: Collection[str]) -> None:

@@ -19,6 +19,7 @@ from weightstream.prefetch.source import Source
 from weightstream.scheduler.engine import Engine
 from weightstream.scheduler.files import Files
 from weightstream.scheduler.plan import Chunk
+from weightstream.scheduler.report import LoadReport
 from weightstream.scheduler.sinks import Delivery, Prepared
 from weightstream.scheduler.survey import choose
 
@@ -245,10 +246,11 @@ class ConsumerSink:
             self._taken_bytes = kept_bytes
 
 
-def drain(sink: ConsumerSink) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield from a sink on the calling thread, blocking it, until the load ends. How it has ended says its job.
+def drain(sink: ConsumerSink, finished: Future[LoadReport]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield from a sink on the calling thread, blocking it, until its load ends, of which `finished` says how.
 
     Raises:
+        WeightstreamError: whatever ended the load.
         RuntimeError: the process was forked meanwhile, and this is the child.
     """
     while True:
@@ -256,6 +258,7 @@ def drain(sink: ConsumerSink) -> Iterator[tuple[str, torch.Tensor]]:
         if item is not None:
             yield item
         elif sink.ended:
+            finished.result()
             return
         else:
             sink.wait().result()

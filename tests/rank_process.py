@@ -46,9 +46,10 @@ def main(store: str, rank: str, world_size: str, path: str, free_bytes: str) -> 
     logger, lines = logging.getLogger("weightstream"), Lines()
     logger.addHandler(lines)
     logger.setLevel("DEBUG")
-    model = nn.Linear(64, 64, device="meta")
+    model = nn.Linear(256, 256, device="meta")
     dist.barrier()  # both are there, and load at the same time
-    report = ws.load_sync(model, path, config=ws.LoaderConfig(device={"target": "cpu"}))  # type: ignore[arg-type]  # pydantic makes the section
+    config = ws.LoaderConfig.model_validate({"device": {"target": "cpu"}, "prefetch": {"chunk": "64KiB"}})
+    report = ws.load_sync(model, path, config=config)
     dist.barrier()
     digest = hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in model.parameters())).hexdigest()
     sys.stdout.write(json.dumps({"report": report.to_dict(), "lines": lines.found, "digest": digest}))

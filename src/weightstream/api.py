@@ -123,7 +123,7 @@ def iter_tensors(
             try:
                 job.start()
                 told_s = time.monotonic()
-                for item in drain(sink):
+                for item in drain(sink, job.finished):
                     yield item
                     if on_progress is not None and time.monotonic() - told_s >= EVENT_INTERVAL_S:
                         told_s = time.monotonic()

@@ -294,9 +294,9 @@ async def test_module_that_is_registered_inside_and_outside_of_one_with_hooks(
             inner = child()
         inside = nn.Sequential(inner)
         if parent is before_loading:
-            parent(inside, five_times)
+            before_loading(inside, five_times)
         elif parent is after_loading:
-            parent(inside, seven_times)
+            after_loading(inside, seven_times)
         parts = {"inside": inside, "outside": inner}
         return nn.ModuleDict({name: parts[name] for name in sorted(parts, reverse=not inside_first)})
 

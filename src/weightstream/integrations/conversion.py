@@ -177,7 +177,7 @@ def _place(job: Job, model: Any, settings: Any) -> Any:  # noqa: ANN401
 def _convert(job: Job, sink: ConsumerSink, model: Any, settings: Any, groups: dict[str, str]) -> Any:  # noqa: ANN401
     """Stream the tensors, and let transformers convert them as soon as their groups are complete."""
     info = _info(missing_keys=set(model.state_dict()))
-    for portion in _portions(drain(sink), groups):
+    for portion in _portions(drain(sink, job.finished), groups):
         found, _ = loading.convert_and_load_state_dict_in_model(model=model, state_dict=portion, load_config=settings)
         info.missing_keys &= found.missing_keys
         info.unexpected_keys |= found.unexpected_keys
