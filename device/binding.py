@@ -332,7 +332,7 @@ class Binder:
         """Let a module load its part of the checkpoint itself, as `load_state_dict` of the whole model would."""
         state = self._state_for(subtree)
         whole = {(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in state.values() if not is_sharded(tensor)}
-        materialised = [target for target in subtree.all_targets if not target.tensor.is_meta]
+        materialised = [target for target in subtree.all_targets if not target.on_meta]  # others are exchanged back
         if self._is_atomic:
             self._keep((target.names, target.tensor) for target in materialised)
         self._written.extend(target.name for target in materialised)

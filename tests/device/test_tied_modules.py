@@ -361,3 +361,23 @@ async def test_tied_tensor_that_was_put_back_is_not_named_as_written(rig: Rig, t
     with pytest.raises(PlacementError, match="half-way") as caught:
         await load(rig, tmp_path, model, {"1.weight": weight, "2.weight": weight} | rest, commit="atomic")
     assert caught.value.partly_written == ()
+
+
+@commits
+@pytest.mark.parametrize("names", ["0", "1", "01"])
+async def test_tied_weight_that_was_adopted_is_on_meta_again(rig: Rig, tmp_path: Path, names: str, commit: str) -> None:
+    """Two modules look at it after it is there, and the last of them fails."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("half-way")
+
+    model = tied(caching, plain, caching, where="meta")
+    after_loading(model[2], fail)
+    before = dict(model.named_parameters())
+    rest = {f"3.{name}": tensor for name, tensor in plain_linear().items()}
+    weight = torch.randn(3, 3)
+    stored = {f"{name}.weight": weight for name in names} | rest
+    with pytest.raises(PlacementError, match="half-way") as caught:
+        await load(rig, tmp_path, model, stored, commit=commit)
+    assert caught.value.partly_written == ()
+    assert all(parameter.is_meta and before[name] is parameter for name, parameter in model.named_parameters())
